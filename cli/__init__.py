@@ -1,0 +1,1 @@
+"""The `cupaged` command, one file a subcommand."""

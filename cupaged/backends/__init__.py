@@ -1,0 +1,1 @@
+"""The operations of the forward pass: `reference` in NumPy, `cuda` as launches of our kernels."""

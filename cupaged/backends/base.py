@@ -1,0 +1,142 @@
+"""The operations that a decoder is written in. `reference` and `cuda` implement them with the same signatures.
+
+Arrays are the backend's own (numpy.ndarray, cupy.ndarray), C-contiguous unless a docstring says otherwise. An
+operation writes into the arrays it is given and allocates nothing, synchronises nothing and reads nothing back, so
+that a forward pass can be captured into a graph. `dtype` below is the backend's activation and KV dtype; sums are
+taken in float32 whatever it is. No operation accepts overlapping input and output unless its docstring says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from cupaged.engine.batch import Batch
+from cupaged.memory.arena import KVArena
+
+Array = Any
+
+# One row's sampling parameters, uploaded as they are; sampler.cu has the same struct.
+SAMPLING_ROW = np.dtype(
+    [
+        ("temperature", np.float32),  # > 0; 0 means greedy
+        ("top_p", np.float32),  # (0, 1]
+        ("min_p", np.float32),  # [0, 1]
+        ("top_k", np.int32),  # 0 keeps all
+        ("seed", np.uint64),  # the Philox key
+        ("counter", np.uint64),  # the Philox counter: how many tokens the sequence has drawn
+    ]
+)  # 32 bytes, no padding
+
+
+class Backend(Protocol):
+    name: str  # "cuda" | "cpu"
+    description: str  # for people: "NVIDIA H100 80GB HBM3 (driver 580.159)"
+    dtype: np.dtype
+
+    # -- memory --------------------------------------------------------------------------------------------
+
+    def empty(self, shape: tuple[int, ...], dtype) -> Array:
+        """An uninitialised array. Raises OutOfMemoryError that says what was wanted and what is free."""
+
+    def copy_in(self, dst: Array, src: np.ndarray) -> None:
+        """Copy a host array to dst (same shape), converting to dst's dtype. src may be reused on return."""
+
+    def to_host(self, src: Array) -> np.ndarray:
+        """A host copy; waits for everything launched before."""
+
+    def address(self, array: Array) -> int:
+        """The address of its first element."""
+
+    def memory_info(self) -> tuple[int, int]:
+        """(free, total) bytes of the memory that arrays come from."""
+
+    def reserve(self, config, max_num_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
+        """Take the scratch memory that the operations need for ModelConfig `config` and steps of these sizes, and
+        make ready (compile, load) the kernels for them. Called once, before the first step."""
+
+    def upload_batch(self, batch: Batch) -> Batch:
+        """The batch with its arrays on the device. What it returns is valid until the next call."""
+
+    def close(self) -> None:
+        """Give the scratch memory back."""
+
+    # -- the forward pass ----------------------------------------------------------------------------------
+
+    def embedding(self, out: Array, weight: Array, ids: Array) -> None:
+        """out[i] = weight[ids[i]]: weight [rows, hidden] dtype, ids [n] int32, out [n, hidden]. Also gathers the
+        rows of the hidden states whose logits are wanted."""
+
+    def rms_norm(self, out: Array, x: Array, weight: Array, eps: float) -> None:
+        """out[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight; x, out [n, hidden], weight [hidden]. Rounds once."""
+
+    def add_rms_norm(self, out: Array, residual: Array, x: Array, weight: Array, eps: float) -> None:
+        """residual += x, rounded to dtype; then out = rms_norm(residual). All [n, hidden]."""
+
+    def linear(self, out: Array, x: Array, weight: Array, bias: Array | None = None) -> None:
+        """out = x @ weight^T + bias; x [m, k] and weight [n, k] dtype, bias [n] dtype, out [m, n] dtype or float32."""
+
+    def rope_and_store_kv(
+        self,
+        qkv: Array,
+        arena: KVArena,
+        layer: int,
+        positions: Array,
+        slot_mapping: Array,
+        cos_sin: Array,
+        num_heads: int,
+        q_norm: Array | None = None,
+        k_norm: Array | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        """Rotate q and k by their positions, q in place, and write k and v to their slots.
+
+        qkv [n, (num_heads + 2 * num_kv_heads) * head_dim]: the query heads (rotated in place), the key heads and
+        the value heads (both left as they are, or rotated in place: unspecified). positions, slot_mapping [n] int32;
+        slot -1 writes nothing. cos_sin [max_positions, rotary_dim] float32: row p holds cos(p * inv_freq_i) for
+        i < rotary_dim/2, then the sines. Pairs are (i, i + rotary_dim/2) (the Hugging Face "half" layout);
+        dimensions from rotary_dim on pass through. q_norm, k_norm [head_dim]: when given, each head is first
+        RMS-normalised with eps and this weight (Qwen3). Arithmetic in float32, one rounding at the store.
+        """
+
+    def paged_attention(
+        self,
+        out: Array,
+        qkv: Array,
+        arena: KVArena,
+        layer: int,
+        batch: Batch,
+        num_heads: int,
+        sm_scale: float,
+        window: int = 0,
+    ) -> None:
+        """Causal attention of the step's tokens over the cache, which holds this step's keys and values already.
+
+        out [num_tokens, num_heads * head_dim]; qkv as above, of which only the query heads are read. A token at
+        position p attends to positions max(0, p - window + 1) .. p, all of 0 .. p when window is 0. Query head h
+        reads key-value head h // (num_heads // num_kv_heads). Rows of sequences with seq_len 0 become zeros.
+        """
+
+    def silu_and_mul(self, out: Array, gate_up: Array) -> None:
+        """out = silu(gate) * up for gate_up [n, 2 * intermediate], the gate half first; out [n, intermediate]."""
+
+    # -- sampling ------------------------------------------------------------------------------------------
+
+    def sample(self, token_ids: Array, logits: Array, rows: Array, vocab_size: int) -> None:
+        """Draw one token a row. logits [m, >= vocab_size] float32 (ids from vocab_size on are never drawn), rows [m]
+        SAMPLING_ROW on the device, token_ids [m] int32 out.
+
+        temperature 0: the largest logit, the lowest id on a tie. Otherwise, in this order: logits / temperature,
+        min_p, top_k, top_p over what is left; ties with the last kept token are kept. The draw is by inverse CDF in
+        id order with one 64-bit Philox4x32-10 number from (seed, counter), over probabilities in fixed point, so that
+        it doesn't depend on the order of summation. NaN logits count as -inf; a row without a finite logit gives
+        token id -1.
+        """
+
+    def logprobs(
+        self, top_ids: Array, top_logprobs: Array, ranks: Array, logits: Array, token_ids: Array, vocab_size: int
+    ) -> None:
+        """Log-softmax of the raw logits. top_ids, top_logprobs [m, 1 + k] int32 / float32: column 0 for token_ids[m],
+        columns 1..k the k most likely ids in order (the lowest id first on a tie); ranks [m] int32: 1 + how many
+        tokens are more likely than token_ids[m]. logits [m, >= vocab_size] float32."""

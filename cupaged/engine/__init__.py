@@ -1,0 +1,1 @@
+"""The engine: requests, blocks, scheduling. Pure Python; no module here imports CuPy."""

@@ -1,0 +1,43 @@
+"""The only array checks and the only dtype table. A launcher checks before it launches: kernels check nothing."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOAT16 = np.dtype(np.float16)
+FLOAT32 = np.dtype(np.float32)
+
+# The CUDA C spelling of each storage type.
+C_TYPE = {BFLOAT16: "__nv_bfloat16", FLOAT16: "__half", FLOAT32: "float"}
+HALF_TYPES = (BFLOAT16, FLOAT16)  # what the tensor-core kernels take
+
+
+def check(name: str, array, shape: tuple[int | None, ...], dtype) -> None:
+    """Raise ValueError unless array has this shape (None: any size) and dtype and is C-contiguous."""
+    dtype = np.dtype(dtype)
+    shape_agrees = len(array.shape) == len(shape) and all(
+        want is None or have == want for have, want in zip(array.shape, shape, strict=True)
+    )
+    if shape_agrees and array.dtype == dtype and array.flags.c_contiguous:
+        return
+    wanted = "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
+    layout = "" if array.flags.c_contiguous else ", not C-contiguous"
+    raise ValueError(f"{name}: expected shape {wanted} {dtype}, C-contiguous; got {array.shape} {array.dtype}{layout}")
+
+
+def check_dtype(name: str, array, allowed) -> None:
+    """Raise ValueError unless array's dtype is one of `allowed`."""
+    if array.dtype not in allowed:
+        raise ValueError(f"{name}: dtype must be {' or '.join(map(str, allowed))}; got {array.dtype}")
+
+
+def check_that(holds: bool, message: str) -> None:
+    """Raise ValueError(message) unless `holds`."""
+    if not holds:
+        raise ValueError(message)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

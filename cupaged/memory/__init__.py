@@ -1,0 +1,1 @@
+"""Where the KV cache lives, and how much of it there may be."""

@@ -1,0 +1,98 @@
+"""The KV cache's memory: slabs of blocks, taken when sequences need them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cupaged.errors import OutOfMemoryError
+
+TARGET_SLAB_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """The shape of the cache. A slab is one array
+    [num_layers, 2 (K, V), blocks_per_slab, num_kv_heads, block_size, head_dim]:
+    the block_size tokens of one head in one block are one contiguous run.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    block_size: int
+    head_dim: int
+    dtype: np.dtype
+    blocks_per_slab: int  # a power of two, so that a block id splits into slab and index by a shift
+
+    @classmethod
+    def choose(cls, *, num_layers, num_kv_heads, block_size, head_dim, dtype, max_blocks: int) -> KVLayout:
+        """The layout with the largest slabs of at most TARGET_SLAB_BYTES (one block at least), and no larger
+        than `max_blocks` needs."""
+        layout = cls(num_layers, num_kv_heads, block_size, head_dim, np.dtype(dtype), 1)
+        blocks = max(1, min(TARGET_SLAB_BYTES // layout.bytes_per_block, max_blocks))
+        return cls(num_layers, num_kv_heads, block_size, head_dim, np.dtype(dtype), 1 << (blocks.bit_length() - 1))
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def bytes_per_block(self) -> int:
+        return self.bytes_per_token * self.block_size
+
+    @property
+    def bytes_per_slab(self) -> int:
+        return self.bytes_per_block * self.blocks_per_slab
+
+    @property
+    def slab_shape(self) -> tuple[int, ...]:
+        return (self.num_layers, 2, self.blocks_per_slab, self.num_kv_heads, self.block_size, self.head_dim)
+
+    @property
+    def slab_shift(self) -> int:
+        """log2(blocks_per_slab): block id >> slab_shift is the slab."""
+        return self.blocks_per_slab.bit_length() - 1
+
+    def offset(self, layer: int, part: int) -> int:
+        """Elements from a slab's start to `layer`'s K (part 0) or V (part 1)."""
+        return (layer * 2 + part) * self.blocks_per_slab * self.num_kv_heads * self.block_size * self.head_dim
+
+
+class KVArena:
+    """Slabs of KV blocks and the device table of their addresses.
+
+    Block id b lies in slab b >> layout.slab_shift. Kernels find a slab's address in `slab_table`, whose own
+    address never changes, so a captured graph outlives growth.
+
+    backend: gives the memory (`Backend.empty`, CuPy's current allocator on a GPU) and the copies.
+    max_blocks: the most blocks the cache may reach; growth stops at whole slabs below it.
+    """
+
+    def __init__(self, layout: KVLayout, backend, max_blocks: int):
+        self.layout = layout
+        self.max_slabs = max(1, max_blocks // layout.blocks_per_slab)
+        self.slabs: list = []
+        self.slab_table = backend.empty((self.max_slabs,), np.int64)
+        self.slab_table_address = backend.address(self.slab_table)
+        self._backend = backend
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.slabs) * self.layout.blocks_per_slab
+
+    def grow(self) -> int:
+        """Take one more slab; returns how many blocks that adds, 0 when the limit is reached or no memory is left."""
+        if len(self.slabs) == self.max_slabs:
+            return 0
+        try:
+            slab = self._backend.empty(self.layout.slab_shape, self.layout.dtype)
+        except OutOfMemoryError:
+            return 0
+        index = len(self.slabs)
+        self.slabs.append(slab)
+        self._backend.copy_in(self.slab_table[index : index + 1], np.array([self._backend.address(slab)], np.int64))
+        return self.layout.blocks_per_slab
+
+    def close(self) -> None:
+        self.slabs.clear()

@@ -1,0 +1,1 @@
+"""The decoder, written once against the operations of a backend."""

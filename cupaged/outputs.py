@@ -1,0 +1,53 @@
+"""What a request gives back, in the shapes that users of vLLM know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Logprob:
+    """One token's log probability under the raw logits (before temperature, top-k and the like)."""
+
+    logprob: float
+    rank: int  # 1 for the most likely token
+    decoded_token: str | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One generated sequence of a request."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None  # sum over token_ids; None unless logprobs were asked for
+    logprobs: list[dict[int, Logprob]] | None = None  # per token: id -> Logprob, the sampled id among them
+    finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"; None while it runs
+    stop_reason: int | str | None = None  # the stop string or stop token id that ended it; None for EOS and length
+
+
+@dataclass
+class RequestMetrics:
+    """Times in seconds on `time.monotonic()`'s clock."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+
+@dataclass
+class RequestOutput:
+    """A request's state after a step (streaming) or at its end."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    finished: bool = False
+    metrics: RequestMetrics | None = None

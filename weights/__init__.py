@@ -1,0 +1,1 @@
+"""Checkpoints: find or fetch them, read them, pack them for the kernels."""
