@@ -7,7 +7,7 @@
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
-constexpr float kNegInf = -__builtin_huge_valf();
+constexpr float kNegInf = __builtin_bit_cast(float, 0xff800000u);  // no INFINITY under NVRTC
 
 // The dynamic shared memory of a launch, aligned for 16-byte copies and ldmatrix. The host build brings its own.
 #ifndef DYNAMIC_SHARED
