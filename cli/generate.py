@@ -1,0 +1,233 @@
+"""`cupaged generate`: prompts in, text out."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cupaged.cli.options import model_options
+
+if TYPE_CHECKING:
+    from cupaged.llm import LLM
+    from cupaged.outputs import CompletionOutput, RequestOutput
+    from cupaged.sampling_params import SamplingParams
+
+# llama.cpp's, for models whose generation_config.json says nothing about sampling.
+TERMINAL_DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
+HEADER_WIDTH = 60
+
+
+@click.command()
+@click.argument("prompt", nargs=-1)
+@click.option("--prompts", type=click.File("rb"), metavar="FILE.jsonl", help='One {"prompt": "..."} or "..." a line.')
+@click.option("--chat", is_flag=True, help="The prompt is a user's message: apply the model's chat template.")
+@click.option("--system", metavar="TEXT", help="System message; implies --chat.")
+@click.option("-n", "--max-tokens", "--max-new-tokens", type=int, help="[default: until EOS or the context's end]")
+@click.option("--temperature", "--temp", type=float, help="0 is greedy.  [default: the model's, else 0.8]")
+@click.option("--top-p", type=float, help="[default: the model's, else 0.95]")
+@click.option("--top-k", type=int, help="0 keeps all.  [default: the model's, else 40]")
+@click.option("--min-p", type=float, help="[default: the model's, else 0.05]")
+@click.option("--seed", type=int, help="Makes the output repeatable.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End the output at TEXT; may be given several times.")
+@click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-sequence token.")
+@click.option("--logprobs", type=int, metavar="K", help="With --json: log probabilities of the K likeliest tokens.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a prompt.")
+@click.option("--no-stream", is_flag=True, help="Print when finished, not as it generates.")
+@click.option("--stats", is_flag=True, help="Times, tokens a second and KV cache use, on stderr.")
+@click.option("--max-num-seqs", type=int, default=256, show_default=True, help="Most prompts that run at once.")
+@model_options
+def generate(
+    prompt,
+    prompts,
+    chat,
+    system,
+    logprobs,
+    as_json,
+    no_stream,
+    stats,
+    model,
+    device,
+    dtype,
+    max_model_len,
+    block_size,
+    kv_cache_memory,
+    gpu_memory_utilization,
+    offline,
+    max_num_seqs,
+    **sampling,
+) -> None:
+    """Continue each PROMPT; several run as one batch. Without any, the prompt is read from standard input."""
+    texts = _gather_prompts(prompt, prompts)
+    if logprobs is not None and not as_json:
+        raise click.UsageError("--logprobs: needs --json, which has a place for them")
+    _check_sampling(sampling, logprobs)
+
+    from cupaged.llm import LLM
+
+    started = time.monotonic()
+    with LLM(
+        model,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        block_size=block_size,
+        kv_cache_memory_bytes=kv_cache_memory,
+        gpu_memory_utilization=gpu_memory_utilization,
+        offline=offline,
+        progress=lambda line: click.echo(line, err=True),
+    ) as llm:
+        click.echo(llm.device_note, err=True)
+        params = _sampling_params(llm, sampling, logprobs)
+        inputs: list[Any] = [_chat_ids(llm, text, system) if chat or system else text for text in texts]
+        loaded = time.monotonic()
+        if len(texts) == 1 and not (as_json or no_stream):
+            results = [_stream(llm, inputs[0], params)]
+        else:
+            results = llm.generate(inputs, params)
+            for index, (text, result) in enumerate(zip(texts, results, strict=True)):
+                if as_json:
+                    click.echo(json.dumps(_as_json(index, text, result), ensure_ascii=False))
+                else:
+                    if len(texts) > 1:
+                        click.echo(f"# [{index + 1}/{len(texts)}] {_header(text)}")
+                    click.echo(result.outputs[0].text)
+        if stats:
+            click.echo(_stats_text(llm, results, load_time=loaded - started), err=True)
+
+
+def _gather_prompts(arguments: tuple[str, ...], file) -> list[str]:
+    texts = list(arguments)
+    if file is not None:
+        texts += _read_jsonl(file)
+    elif not texts:
+        if sys.stdin.isatty():
+            raise click.UsageError("PROMPT: none given; write one, name a file with --prompts, or pipe one in")
+        texts = [sys.stdin.read()]
+    for index, text in enumerate(texts):
+        if not text:
+            raise click.UsageError(f"PROMPT: number {index + 1} is empty; write some text")
+    if not texts:
+        raise click.UsageError("--prompts: the file holds no prompt")
+    return texts
+
+
+def _read_jsonl(file) -> list[str]:
+    texts = []
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise click.UsageError(f"--prompts: line {number} of {file.name} is not JSON: {error}") from None
+        text = entry.get("prompt") if isinstance(entry, dict) else entry
+        if not isinstance(text, str):
+            raise click.UsageError(f'--prompts: line {number} of {file.name} must be "text" or {{"prompt": "text"}}')
+        texts.append(text)
+    return texts
+
+
+def _check_sampling(sampling: dict[str, Any], logprobs: int | None) -> None:
+    """Find nonsense before the model is loaded."""
+    from cupaged.sampling_params import SamplingParams
+
+    SamplingParams(**{name: value for name, value in sampling.items() if value is not None}, logprobs=logprobs)
+
+
+def _sampling_params(llm: LLM, sampling: dict[str, Any], logprobs: int | None) -> SamplingParams:
+    """The options given, over the model's own defaults, over the terminal's."""
+    own = llm.get_default_sampling_params()
+    unset = type(own)()
+    defaults = {k: v for k, v in TERMINAL_DEFAULTS.items() if getattr(own, k) == getattr(unset, k)}
+    given = {name: value for name, value in sampling.items() if value is not None}
+    return replace(own, **{**defaults, **given, "max_tokens": given.get("max_tokens"), "logprobs": logprobs})
+
+
+def _chat_ids(llm: LLM, text: str, system: str | None) -> list[int]:
+    messages = [{"role": "system", "content": system}] if system else []
+    return llm.get_tokenizer().chat([*messages, {"role": "user", "content": text}])
+
+
+def _stream(llm: LLM, prompt: str | list[int], params: SamplingParams) -> RequestOutput:
+    shown = 0
+    for output in llm.stream(prompt, params):
+        text = output.outputs[0].text
+        if len(text) > shown:
+            sys.stdout.write(text[shown:])
+            sys.stdout.flush()
+            shown = len(text)
+    sys.stdout.write("\n")
+    return output
+
+
+def _as_json(index: int, prompt: str, result: RequestOutput) -> dict[str, Any]:
+    completion = result.outputs[0]
+    return {
+        "index": index,
+        "prompt": prompt,
+        "prompt_token_ids": result.prompt_token_ids,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+        **({"logprobs": _logprobs_json(completion)} if completion.logprobs is not None else {}),
+        "timings": _timings(result),
+    }
+
+
+def _logprobs_json(completion: CompletionOutput) -> list[dict[str, Any]]:
+    """Per token: its own log probability, and the likeliest alternatives in order."""
+    entries = []
+    for token_id, alternatives in zip(completion.token_ids, completion.logprobs, strict=True):
+        ranked = sorted(alternatives.items(), key=lambda item: item[1].rank)
+        entries.append(
+            {
+                "token_id": token_id,
+                "token": alternatives[token_id].decoded_token,
+                "logprob": alternatives[token_id].logprob,
+                "rank": alternatives[token_id].rank,
+                "top": [{"token_id": i, "token": lp.decoded_token, "logprob": lp.logprob} for i, lp in ranked],
+            }
+        )
+    return entries
+
+
+def _timings(result: RequestOutput) -> dict[str, float | None]:
+    """Seconds, and tokens a second after the first one."""
+    metrics, count = result.metrics, len(result.outputs[0].token_ids)
+    decode = metrics.finished_time - metrics.first_token_time if metrics.first_token_time is not None else 0.0
+    return {
+        "ttft": metrics.time_to_first_token,
+        "total": metrics.finished_time - metrics.arrival_time,
+        "tokens_per_second": (count - 1) / decode if count > 1 and decode > 0 else None,
+    }
+
+
+def _stats_text(llm: LLM, results: list[RequestOutput], load_time: float) -> str:
+    prompt_tokens = sum(len(r.prompt_token_ids) for r in results)
+    output_tokens = sum(len(r.outputs[0].token_ids) for r in results)
+    start = min(r.metrics.arrival_time for r in results)
+    wall = max(r.metrics.finished_time for r in results) - start
+    ttfts = sorted(t for r in results if (t := r.metrics.time_to_first_token) is not None)
+    lines = [
+        f"load: {load_time:.2f} s",
+        f"tokens: {prompt_tokens} prompt, {output_tokens} generated in {wall:.2f} s"
+        f" ({output_tokens / wall:.1f} tokens/s)",
+    ]
+    if ttfts:
+        lines.append(f"time to first token: {ttfts[len(ttfts) // 2] * 1e3:.0f} ms median, {ttfts[-1] * 1e3:.0f} ms max")
+    rate = _timings(results[0])["tokens_per_second"]
+    if len(results) == 1 and rate:
+        lines.append(f"decode: {rate:.1f} tokens/s, {1e3 / rate:.2f} ms a token")
+    return "\n".join([*lines, *llm.stats_lines()])
+
+
+def _header(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= HEADER_WIDTH else line[: HEADER_WIDTH - 1] + "…"

@@ -1,0 +1,61 @@
+"""Options that several subcommands take: which model, on what, in how much memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import click
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b?)", re.IGNORECASE)
+
+
+class Size(click.ParamType):
+    """Bytes, with k, M, G or T for powers of 1000 and Ki, Mi, Gi or Ti for powers of 1024."""
+
+    name = "size"
+
+    def convert(self, value, param, ctx) -> int:
+        match = _SIZE.fullmatch(str(value).strip())
+        if not match:
+            self.fail(f"{value!r} is not a size; write bytes, or for example 800M or 2GiB", param, ctx)
+        number, prefix, binary = match.groups()
+        exponent = " kmgt".index(prefix.lower()) if prefix else 0
+        return int(float(number) * (1024 if binary else 1000) ** exponent)
+
+
+def model_options(command: Callable) -> Callable:
+    """What decides where a model comes from and where it runs."""
+    for option in reversed(
+        [
+            click.option(
+                "-m",
+                "--model",
+                help="A directory in Hugging Face layout, a .gguf file, a hub id or a short name.  "
+                "[default: SmolLM2-135M-Instruct]",
+            ),
+            click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True),
+            click.option(
+                "--dtype",
+                type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+                default="auto",
+                show_default=True,
+                help="auto: the checkpoint's on a GPU, float32 on the CPU.",
+            ),
+            click.option(
+                "--max-model-len", type=int, metavar="TOKENS", help="Longest prompt + output.  [default: what fits]"
+            ),
+            click.option("--block-size", type=int, default=16, show_default=True, help="Tokens a KV block: 8 to 64."),
+            click.option("--kv-cache-memory", type=Size(), help="Most the KV cache may take, for example 2GiB."),
+            click.option(
+                "--gpu-memory-utilization",
+                type=float,
+                default=0.9,
+                show_default=True,
+                help="Share of the GPU's memory that weights and KV cache together may reach.",
+            ),
+            click.option("--offline", is_flag=True, help="Never touch the network."),
+        ]
+    ):
+        command = option(command)
+    return command

@@ -1,0 +1,189 @@
+"""`cupaged generate` on a tiny model: what it prints, where, and its exit codes."""
+
+import io
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+GREEDY = ("--temperature", "0", "--device", "cpu")
+
+
+def generate_json(cupaged, tiny_model, *args):
+    run = cupaged("generate", "-m", tiny_model, "--json", *GREEDY, *args)
+    assert run.code == 0, run.err
+    return [json.loads(line) for line in run.out.splitlines()]
+
+
+def test_text_goes_to_stdout_and_the_device_line_to_stderr(cupaged, tiny_model):
+    run = cupaged("generate", "-m", tiny_model, "Hello", "-n", 8, "--ignore-eos", *GREEDY)
+    assert run.code == 0
+    (result,) = generate_json(cupaged, tiny_model, "Hello", "-n", 8, "--ignore-eos")
+    assert run.out == result["text"] + "\n"
+    assert len(run.err.splitlines()) == 1
+    assert "cpu" in run.err.lower()
+
+
+def test_json_has_ids_reason_and_timings(cupaged, tiny_model):
+    (result,) = generate_json(cupaged, tiny_model, "Hello", "-n", 8, "--ignore-eos")
+    assert result["prompt"] == "Hello"
+    assert len(result["prompt_token_ids"]) == 5
+    assert len(result["token_ids"]) == 8
+    assert result["finish_reason"] == "length"
+    assert 0 < result["timings"]["ttft"] <= result["timings"]["total"]
+
+
+def test_several_prompts_in_their_order_as_alone(cupaged, tiny_model):
+    prompts = ["one", "a longer second prompt", "3"]
+    together = generate_json(cupaged, tiny_model, *prompts, "-n", 12, "--ignore-eos")
+    alone = [generate_json(cupaged, tiny_model, p, "-n", 12, "--ignore-eos")[0] for p in prompts]
+    assert [r["prompt"] for r in together] == prompts
+    assert [r["index"] for r in together] == [0, 1, 2]
+    assert [r["token_ids"] for r in together] == [r["token_ids"] for r in alone]
+
+    run = cupaged("generate", "-m", tiny_model, *prompts, "-n", 12, "--ignore-eos", *GREEDY)
+    assert run.out.startswith("# [1/3] one\n")
+    assert all(r["text"] in run.out for r in together)
+
+
+def test_prompts_from_a_file_and_from_stdin(cupaged, tiny_model, tmp_path, monkeypatch):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "first"}\n\n"second"\n')
+    results = generate_json(cupaged, tiny_model, "--prompts", file, "-n", 2)
+    assert [r["prompt"] for r in results] == ["first", "second"]
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
+    (result,) = generate_json(cupaged, tiny_model, "-n", 2)
+    assert result["prompt"] == "from a pipe"
+
+
+def test_logprobs(cupaged, tiny_model):
+    (result,) = generate_json(cupaged, tiny_model, "Hello", "-n", 3, "--logprobs", 2, "--ignore-eos")
+    assert len(result["logprobs"]) == 3
+    for entry, token_id in zip(result["logprobs"], result["token_ids"], strict=True):
+        assert entry["token_id"] == token_id == entry["top"][0]["token_id"]  # greedy takes the likeliest
+        assert entry["rank"] == 1
+        assert entry["top"][1]["logprob"] <= entry["logprob"] < 0
+        assert math.isfinite(entry["logprob"])
+
+
+def test_a_seed_repeats_and_another_differs(cupaged, tiny_model):
+    def ids(seed):
+        run = cupaged(
+            "generate", "-m", tiny_model, "x", "-n", 16, "--json", "--ignore-eos", "--temp", 2, "--seed", seed
+        )
+        return json.loads(run.out)["token_ids"]
+
+    assert ids(1) == ids(1) != ids(2)
+
+
+def test_chat_applies_the_template(cupaged, tiny_model):
+    (plain,) = generate_json(cupaged, tiny_model, "<|system|>Be brief.\n<|user|>Hi\n<|assistant|>", "-n", 4)
+    (chat,) = generate_json(cupaged, tiny_model, "Hi", "--system", "Be brief.", "-n", 4)
+    assert chat["prompt_token_ids"] == plain["prompt_token_ids"]
+    assert chat["token_ids"] == plain["token_ids"]
+
+
+def test_stop_cuts_the_text(cupaged, tiny_model):
+    (whole,) = generate_json(cupaged, tiny_model, "Hello", "-n", 24, "--ignore-eos")
+    stop = whole["text"][3:5]
+    (cut,) = generate_json(cupaged, tiny_model, "Hello", "-n", 24, "--ignore-eos", "--stop", stop)
+    assert cut["text"] == whole["text"][: whole["text"].index(stop)]
+    assert (cut["finish_reason"], cut["stop_reason"]) == ("stop", stop)
+
+
+def test_without_a_limit_it_ends_at_the_context(cupaged, tiny_model):
+    (result,) = generate_json(cupaged, tiny_model, "Hello", "--max-model-len", 64, "--ignore-eos")
+    assert result["finish_reason"] == "length"
+    assert len(result["prompt_token_ids"]) + len(result["token_ids"]) == 64
+
+
+def test_stats(cupaged, tiny_model):
+    run = cupaged("generate", "-m", tiny_model, "Hello", "-n", 4, "--stats", *GREEDY)
+    for word in ("load:", "time to first token:", "tokens/s", "KV cache:", "waste"):
+        assert word in run.err
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (["x", "-n", "0"], 2, "max_tokens"),
+        (["x", "-n", "-3"], 2, "max_tokens"),
+        (["x", "--top-p", "0"], 2, "top_p"),
+        (["x", "--top-p", "1.5"], 2, "top_p"),
+        (["x", "--temperature", "nan"], 2, "temperature"),
+        (["x", "--temperature", "-1"], 2, "temperature"),
+        (["x", "--min-p", "2"], 2, "min_p"),
+        (["x", "--logprobs", "2"], 2, "--json"),
+        (["x", "--json", "--logprobs", "99"], 2, "logprobs"),
+        (["x", "--block-size", "12"], 2, "block_size"),
+        (["x", "--kv-cache-memory", "lots"], 2, "size"),
+        (["x", "--gpu-memory-utilization", "1.5"], 2, "gpu_memory_utilization"),
+        (["x", "--max-model-len", "0"], 2, "max_model_len"),
+        (["x", "--max-num-seqs", "0"], 2, "max_num_seqs"),
+        (["x" * 600], 2, "max_model_len"),
+        ([""], 2, "empty"),
+        (["x", "--frobnicate"], 2, "--frobnicate"),
+        (["x", "--device", "cuda"], 1, "cuda"),
+        (["x", "--kv-cache-memory", "1k"], 1, "kv_cache_memory_bytes"),
+    ],
+)
+def test_bad_input_is_one_line_and_an_exit_code(cupaged, tiny_model, args, code, says):
+    run = cupaged("generate", "-m", tiny_model, *([] if "--device" in args else ["--device", "cpu"]), *args)
+    assert run.code == code
+    assert says in run.err
+    assert "Traceback" not in run.err
+    assert run.out == ""
+    assert len([line for line in run.err.splitlines() if "rror" in line]) == 1
+
+
+def test_no_such_model(cupaged, tmp_path):
+    run = cupaged("generate", "-m", tmp_path / "nowhere", "x")
+    assert run.code == 1
+    assert "nowhere" in run.err
+    run = cupaged("generate", "-m", tmp_path, "x")
+    assert run.code == 1
+    assert "config.json" in run.err
+
+
+def test_debug_shows_the_traceback(cupaged, tmp_path):
+    assert "Traceback" in cupaged("generate", "-m", tmp_path, "x", "--debug").err
+
+
+def test_bad_prompt_files(cupaged, tiny_model, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    for content, says in (('{"prompt": 3}', "line 1"), ("{oops", "line 1"), ("", "no prompt"), ('""', "empty")):
+        file.write_text(content)
+        run = cupaged("generate", "-m", tiny_model, "--prompts", file)
+        assert run.code == 2
+        assert says in run.err
+
+
+def test_a_closed_pipe_is_no_error(tiny_model):
+    command = [sys.executable, "-m", "cupaged.cli.main", "generate", "-m", str(tiny_model), "x", "--ignore-eos"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(1)
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    assert process.wait(60) == 0, errors
+    assert "Traceback" not in errors
+    assert "BrokenPipe" not in errors
+
+
+def test_ctrl_c_stops_with_130(tiny_model, tmp_path):
+    import signal
+
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('"x"\n' * 400)
+    command = [sys.executable, "-m", "cupaged.cli.main", "generate", "-m", str(tiny_model), "--ignore-eos"]
+    process = subprocess.Popen(
+        [*command, "--prompts", str(prompts)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    line = process.stderr.readline()  # the device line: it generates from here on
+    assert "cpu" in line.lower()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
