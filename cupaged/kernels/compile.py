@@ -1,9 +1,37 @@
-"""The only place that compiles and loads kernels."""
+"""The only place that compiles and loads kernels.
+
+    cuda_src/x.cu, "x<__half, 4>"  --NVRTC-->  cubin on disk  --cupy.RawModule(path=...)-->  Kernel
+
+NVRTC is called directly because RawModule, given source, adds an -arch of its own (plain sm_90, which has no wgmma)
+and -ftz=true, and because CuPy's disk cache doesn't look into headers. Here an instantiation is compiled with exactly
+one -arch, and its cache key covers all that the result depends on. All GPUs that a process uses are taken to be of one
+architecture. Importing this module imports neither CuPy nor NVRTC.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Protocol
+
+import cupaged.cuda_src
+from cupaged.errors import CupagedError
+from cupaged.kernels.device import device_info
+from cupaged.kernels.kernel_cache import KernelCache, default_folder
+
+SOURCE_DIR = Path(cupaged.cuda_src.__file__).resolve().parent
+
+# -lineinfo lets profilers and compute-sanitizer name source lines, at no cost when running. Float flags are NVRTC's
+# defaults on purpose: subnormals are kept (a bfloat16 subnormal is a float32 subnormal, which -ftz=true would turn
+# into 0), divisions and square roots round correctly. A kernel that wants the fast forms says so: __expf, __fdividef.
+FLAGS = ("-std=c++17", "-lineinfo")
+
+MAX_DEFAULT_SHARED_BYTES = 48 << 10  # dynamic shared memory that a launch gets without asking
 
 
 class Kernel(Protocol):
@@ -13,11 +41,9 @@ class Kernel(Protocol):
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple, shared_mem: int = 0) -> None: ...
 
 
-def load_from_cubin(file: str, name: str) -> Kernel:
-    raise RuntimeError("no loader yet")
-
-
-_load: Callable[[str, str], Kernel] = load_from_cubin
+def load_kernel(file: str, name: str) -> Kernel:
+    """The instantiation `name` (a C++ expression such as "rms_norm<__half, 4>") of cuda_src/`file`."""
+    return _load(file, name)
 
 
 def set_loader(load: Callable[[str, str], Kernel]) -> None:
@@ -26,6 +52,126 @@ def set_loader(load: Callable[[str, str], Kernel]) -> None:
     _load = load
 
 
-def load_kernel(file: str, name: str) -> Kernel:
-    """The instantiation `name` (a C++ expression such as "rms_norm<__half, 4>") of cuda_src/`file`."""
-    return _load(file, name)
+@functools.cache
+def load_from_cubin(file: str, name: str) -> Kernel:
+    """The default loader: compile for the current device unless the cache has it, and load through CuPy."""
+    import cupy
+
+    path, symbol = compile_kernel(file, name, device_info().arch)
+    return RawKernelLauncher(cupy.RawModule(path=str(path)).get_function(symbol))
+
+
+_load: Callable[[str, str], Kernel] = load_from_cubin
+
+
+class RawKernelLauncher:
+    """A cupy.RawKernel whose limit of dynamic shared memory follows what launches ask for."""
+
+    def __init__(self, raw_kernel):
+        self._raw_kernel = raw_kernel
+        self._max_shared_bytes = MAX_DEFAULT_SHARED_BYTES
+
+    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple, shared_mem: int = 0) -> None:
+        if shared_mem > self._max_shared_bytes:
+            self._raw_kernel.max_dynamic_shared_size_bytes = shared_mem
+            self._max_shared_bytes = shared_mem
+        self._raw_kernel(grid, block, args, shared_mem=shared_mem)
+
+
+def compile_kernel(file: str, name: str, arch: str) -> tuple[Path, str]:
+    """The path of the compiled instantiation and its symbol, from the cache or compiled into it."""
+    cache = _kernel_cache()
+    key = cache_key(file, name, arch)
+    if (entry := cache.find(key)) is not None:
+        return entry
+    image, symbols = compile_program(file, (name,), arch)
+    return cache.store(key, image, symbols[name])
+
+
+def compile_kernels(kernels: Iterable[tuple[str, str]], arch: str, num_threads: int | None = None) -> None:
+    """Bring (file, name) pairs into the cache, in parallel (by default one thread a processor)."""
+    with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
+        for future in [pool.submit(compile_kernel, file, name, arch) for file, name in kernels]:
+            future.result()
+
+
+def compile_program(file: str, names: Sequence[str], arch: str) -> tuple[bytes, dict[str, str]]:
+    """Compile instantiations `names` of cuda_src/`file` into one image: a cubin, or PTX when arch is "compute_..".
+
+    Returns the image and the mangled symbol of each name. Raises CupagedError with the first of NVRTC's errors.
+    Threads compile in parallel: CuPy's binding releases the GIL and NVRTC takes no lock of its own.
+    """
+    nvrtc = _nvrtc()
+    path = SOURCE_DIR / file
+    options = (f"-arch={arch}", *FLAGS, *(f"-I{folder}" for folder in _include_dirs()))
+    program = nvrtc.createProgram(path.read_text(), str(path), (), ())
+    try:
+        for name in names:
+            nvrtc.addNameExpression(program, name)
+        try:
+            nvrtc.compileProgram(program, options)
+        except nvrtc.NVRTCError as error:
+            log = nvrtc.getProgramLog(program) or str(error)
+            raise CupagedError(f"{file}: {', '.join(names)} for {arch}: {_first_errors(log)}") from None
+        image = nvrtc.getPTX(program) if arch.startswith("compute_") else nvrtc.getCUBIN(program)
+        return image, {name: nvrtc.getLoweredName(program, name) for name in names}
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def _first_errors(log: str) -> str:
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return "; ".join([line for line in lines if re.search(r"\berror\b", line)][:3] or lines[:3])
+
+
+def cache_key(file: str, name: str, arch: str) -> str:
+    """A digest of all that the image depends on: source, headers, options, NVRTC's version and the name."""
+    digest = hashlib.sha256(repr((file, name, arch, FLAGS, _nvrtc().getVersion())).encode())
+    digest.update(source_digest(SOURCE_DIR / file, _include_dirs()))
+    return digest.hexdigest()
+
+
+def source_digest(path: Path, include_dirs: Sequence[Path]) -> bytes:
+    """A digest of the file and of every file that it includes, ours and CUDA's, whatever #if is around the #include."""
+    contents: dict[Path, bytes] = {}
+    pending = [path]
+    while pending:
+        path = pending.pop()
+        if path in contents:
+            continue
+        contents[path] = path.read_bytes()
+        for included in re.findall(rb'^\s*#\s*include\s*["<]([^">]+)[">]', contents[path], re.MULTILINE):
+            places = (folder / included.decode() for folder in (path.parent, *include_dirs))
+            pending += [place for place in places if place.is_file()][:1]
+    digest = hashlib.sha256()
+    for content in contents.values():  # in the order of discovery, which the contents themselves determine
+        digest.update(hashlib.sha256(content).digest())
+    return digest.digest()
+
+
+@functools.cache
+def _kernel_cache() -> KernelCache:
+    return KernelCache(default_folder())
+
+
+@functools.cache
+def _nvrtc():
+    """CuPy's binding of NVRTC, with the library loaded."""
+    try:
+        from cupy_backends.cuda.libs import nvrtc
+
+        nvrtc.getVersion()
+    except (ImportError, OSError, RuntimeError) as error:
+        raise CupagedError("NVRTC can't be loaded; pip install nvidia-cuda-nvrtc-cu12") from error
+    return nvrtc
+
+
+@functools.cache
+def _include_dirs() -> tuple[Path, Path]:
+    """Our headers and CUDA's (cuda_bf16.h, cuda_fp16.h), found the way CuPy finds them: wheels first."""
+    from cuda.pathfinder import find_nvidia_header_directory
+
+    cuda_headers = find_nvidia_header_directory("cudart")
+    if cuda_headers is None:
+        raise CupagedError("CUDA's headers were not found; pip install nvidia-cuda-runtime-cu12")
+    return SOURCE_DIR, Path(cuda_headers)
