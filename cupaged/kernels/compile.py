@@ -133,20 +133,25 @@ def cache_key(file: str, name: str, arch: str) -> str:
 
 def source_digest(path: Path, include_dirs: Sequence[Path]) -> bytes:
     """A digest of the file and of every file that it includes, ours and CUDA's, whatever #if is around the #include."""
-    contents: dict[Path, bytes] = {}
+    digests: dict[Path, bytes] = {}
     pending = [path]
     while pending:
         path = pending.pop()
-        if path in contents:
+        if path in digests:
             continue
-        contents[path] = path.read_bytes()
-        for included in re.findall(rb'^\s*#\s*include\s*["<]([^">]+)[">]', contents[path], re.MULTILINE):
-            places = (folder / included.decode() for folder in (path.parent, *include_dirs))
+        digests[path], includes = _scan(path, path.stat().st_mtime_ns)
+        for included in includes:
+            places = (folder / included for folder in (path.parent, *include_dirs))
             pending += [place for place in places if place.is_file()][:1]
-    digest = hashlib.sha256()
-    for content in contents.values():  # in the order of discovery, which the contents themselves determine
-        digest.update(hashlib.sha256(content).digest())
-    return digest.digest()
+    return hashlib.sha256(b"".join(digests.values())).digest()  # in order of discovery, which the contents determine
+
+
+@functools.cache
+def _scan(path: Path, mtime_ns: int) -> tuple[bytes, list[str]]:
+    """A file's digest and the names in its #include lines, read again when the file changes."""
+    content = path.read_bytes()
+    includes = re.findall(rb'^\s*#\s*include\s*["<]([^">]+)[">]', content, re.MULTILINE)
+    return hashlib.sha256(content).digest(), [name.decode() for name in includes]
 
 
 @functools.cache
