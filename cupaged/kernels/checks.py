@@ -11,7 +11,13 @@ FLOAT32 = np.dtype(np.float32)
 
 # The CUDA C spelling of each storage type.
 C_TYPE = {BFLOAT16: "__nv_bfloat16", FLOAT16: "__half", FLOAT32: "float"}
-HALF_TYPES = (BFLOAT16, FLOAT16)  # what the tensor-core kernels take
+HALF_TYPES = (BFLOAT16, FLOAT16)  # activations, weights and the KV cache; also what the tensor cores take
+
+# The shapes of the KV cache that the kernels are instantiated for.
+HEAD_DIMS = (64, 80, 96, 128, 256)
+BLOCK_SIZES = (8, 16, 32, 64)
+
+VECTOR_BYTES = 16  # the widest load and store
 
 
 def check(name: str, array, shape: tuple[int | None, ...], dtype) -> None:
@@ -31,6 +37,15 @@ def check_dtype(name: str, array, allowed) -> None:
     """Raise ValueError unless array's dtype is one of `allowed`."""
     if array.dtype not in allowed:
         raise ValueError(f"{name}: dtype must be {' or '.join(map(str, allowed))}; got {array.dtype}")
+
+
+def check_vectors(name: str, array, row: int) -> None:
+    """Raise ValueError unless rows of `row` elements can be moved by 16-byte vectors."""
+    if row * array.dtype.itemsize % VECTOR_BYTES:
+        raise ValueError(f"{name}: a row must be a multiple of 16 bytes; got {row} elements of {array.dtype}")
+    address = array.ctypes.data if hasattr(array, "ctypes") else array.data.ptr  # NumPy (the tests), CuPy
+    if address % VECTOR_BYTES:
+        raise ValueError(f"{name}: must start at a multiple of 16 bytes; it starts at {address:#x}")
 
 
 def check_that(holds: bool, message: str) -> None:

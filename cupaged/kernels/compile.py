@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 import cupaged.cuda_src
 from cupaged.errors import CupagedError
 from cupaged.kernels.device import device_info
@@ -34,8 +36,11 @@ FLAGS = ("-std=c++17", "-lineinfo")
 MAX_DEFAULT_SHARED_BYTES = 48 << 10  # dynamic shared memory that a launch gets without asking
 
 
+NULL = np.uint64(0)  # as a kernel's argument: a null pointer, for an array that is absent
+
+
 class Kernel(Protocol):
-    """A loaded kernel. Arguments are arrays, 0-d structured NumPy arrays (structs by value), or NumPy scalars
+    """A loaded kernel. Arguments are arrays or NULL, 0-d structured NumPy arrays (structs by value), or NumPy scalars
     of the parameter's exact type (np.int32, np.int64, np.float32)."""
 
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple, shared_mem: int = 0) -> None: ...
