@@ -1,0 +1,136 @@
+// linear_small.cu: out[i, j] = sum_c x[i, c] * weight[j, c] + bias[j] for m <= 16, where streaming weight is the work
+//
+// Tiling:   weight is the wide operand of the tensor core: an mma takes 16 rows of weight by 8 tokens, so tokens are
+//           padded to 8 or 16 and no further. A thread block computes 16 * kRowTiles outputs for all tokens; its 8
+//           warps share k, in chunks of 64 columns (128 bytes, one cache line, of each row) dealt out in turn.
+// Streams:  each warp has a ring of kStages chunks of weight and x in shared memory, filled by cp.async. A lane copies
+//           just the 16-byte pieces that it will multiply itself, so the loop needs no barrier, no ldmatrix and no
+//           swizzle. That works because the order of a sum's terms is free: lane t of four copies columns 8t .. 8t+7 of
+//           each 32 for every row, of x and of weight alike, and the mma is told that those are its columns 2t, 2t+1,
+//           2t+8, 2t+9, twice.
+// Numerics: products summed in float32 along each warp's chunks in the order of k, then the 8 sums in the order of the
+//           warps, then the bias; one rounding, at the store. An element's value depends on its row of x, its row of
+//           weight, its bias and on k alone: not on m, n, kRowTiles or kStages.
+// Bound:    n * k * 2 bytes of weight from DRAM. A thread block has 64 KB of them on their way (48 KB with 16 tokens and
+//           one row tile), so 36 thread blocks (n = 576) are enough to fill the memory's pipeline and k need not be
+//           split over thread blocks. x comes from L2 for each 16 * kRowTiles outputs anew. Not yet measured.
+#include "common.cuh"
+#include "ptx.cuh"
+
+constexpr int kWarps = 8;    // they share k: another number is another order of summation
+constexpr int kChunk = 64;   // columns of k that a warp takes at a time
+constexpr int kPiece = 32;   // columns that four lanes hold in 16 bytes each: two steps of k of the mma
+
+// Grid: ceil(n / (16 * kRowTiles)) thread blocks of 8 warps.
+// PRECOND: m <= 8 * kTokenTiles, k % 8 == 0, and x and weight start at multiples of 16 bytes.
+template <typename scalar_t,  // storage type of x, weight and bias
+          typename out_t,     // of out: scalar_t or float
+          int kRowTiles,      // mma tiles of 16 rows of weight in a thread block
+          int kTokenTiles,    // mma tiles of 8 tokens
+          int kStages>        // chunks that a warp has on their way
+__global__ void __launch_bounds__(kWarps * kWarpSize)
+linear_small(out_t* __restrict__ out,              // [m, n]
+             const scalar_t* __restrict__ x,       // [m, k]
+             const scalar_t* __restrict__ weight,  // [n, k]
+             const scalar_t* __restrict__ bias,    // [n], or null
+             int m, int n, int k) {
+  constexpr int kRows = 16 * kRowTiles;
+  constexpr int kTokens = 8 * kTokenTiles;
+  constexpr int kPieces = kChunk / kPiece;
+  constexpr int kPieceVecs = 2 * kRowTiles + kTokenTiles;  // vectors of a lane in a piece: 8 rows or 8 tokens each
+  constexpr int kRingVecs = kStages * kPieces * kPieceVecs * kWarpSize;  // vectors of a warp's ring
+  constexpr int kSumRow = kRows + 4;  // floats; the 4 extra ones keep the lanes' writes free of bank conflicts
+  static_assert(kTokens * kSumRow * sizeof(float) <= kRingVecs * sizeof(Vec<scalar_t>),
+                "a warp's sums fit where its ring was");
+
+  const int warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  const int first_row = blockIdx.x * kRows;
+  const int row = first_row + lane / 4;  // this lane's row in the first 8 rows of weight
+  const int token = lane / 4;            // and its token in the first 8
+  const int lane_column = lane % 4 * 8;  // its columns in a piece
+
+  DYNAMIC_SHARED(shared);
+  Vec<scalar_t>* ring = reinterpret_cast<Vec<scalar_t>*>(shared) + warp * kRingVecs + lane;  // this lane's vectors
+
+  const scalar_t* lane_weight = weight + (long long)row * k + lane_column;
+  const scalar_t* lane_x = x + (long long)token * k + lane_column;
+  const long long stride = 8LL * k;  // from 8 rows to the next 8
+  auto copy_chunk = [&](int chunk, int stage) {
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const int column = chunk * kChunk + piece * kPiece;
+      const bool in_k = column + lane_column < k;
+      Vec<scalar_t>* place = ring + (stage * kPieces + piece) * kPieceVecs * kWarpSize;
+#pragma unroll
+      for (int i = 0; i < 2 * kRowTiles; ++i)
+        cp_async_16(place + i * kWarpSize, lane_weight + i * stride + column, in_k && row + 8 * i < n);
+#pragma unroll
+      for (int i = 0; i < kTokenTiles; ++i)
+        cp_async_16(place + (2 * kRowTiles + i) * kWarpSize, lane_x + i * stride + column, in_k && token + 8 * i < m);
+    }
+  };
+
+  const int num_chunks = ceil_div(k, kChunk);
+#pragma unroll
+  for (int stage = 0; stage < kStages; ++stage) {
+    if (warp + stage * kWarps < num_chunks) copy_chunk(warp + stage * kWarps, stage);
+    cp_async_commit_group();
+  }
+
+  float sum[kRowTiles][kTokenTiles][4] = {};
+  int stage = 0;
+  for (int chunk = warp; chunk < num_chunks; chunk += kWarps) {
+    cp_async_wait_group<kStages - 1>();  // this lane's own copies: nobody else reads them
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const Vec<scalar_t>* place = ring + (stage * kPieces + piece) * kPieceVecs * kWarpSize;
+      Vec<unsigned> pairs[kPieceVecs];  // of elements, as the mma takes them
+#pragma unroll
+      for (int i = 0; i < kPieceVecs; ++i) pairs[i] = load_vec(reinterpret_cast<const unsigned*>(place + i * kWarpSize));
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r) {
+          const unsigned* low = pairs[2 * r].data + 2 * step;  // rows 0 .. 7 of the tile
+          const unsigned* high = pairs[2 * r + 1].data + 2 * step;  // and 8 .. 15
+          const unsigned weights[4] = {low[0], high[0], low[1], high[1]};
+#pragma unroll
+          for (int t = 0; t < kTokenTiles; ++t) {
+            const unsigned* tokens = pairs[2 * kRowTiles + t].data + 2 * step;
+            mma_m16n8k16<scalar_t>(sum[r][t], weights, tokens[0], tokens[1]);
+          }
+        }
+      }
+    }
+    const int next = chunk + kStages * kWarps;
+    if (next < num_chunks) copy_chunk(next, stage);
+    cp_async_commit_group();  // an empty group, too, so that the wait above counts the same at the end
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+  }
+
+  // Each warp leaves its sums where its ring was, [kTokens][kRows], kSumRow floats apart.
+  __syncwarp();  // the other lanes have read the last of their vectors
+  float* warp_sums = reinterpret_cast<float*>(reinterpret_cast<Vec<scalar_t>*>(shared) + warp * kRingVecs);
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        warp_sums[(t * 8 + lane % 4 * 2 + e % 2) * kSumRow + r * 16 + e / 2 * 8 + lane / 4] = sum[r][t][e];
+  __syncthreads();
+
+  const float* block_sums = reinterpret_cast<const float*>(shared);
+  constexpr int kWarpStride = kRingVecs * sizeof(Vec<scalar_t>) / sizeof(float);
+  for (int i = threadIdx.x; i < kTokens * kRows; i += kWarps * kWarpSize) {
+    const int out_token = i / kRows;
+    const int out_row = first_row + i % kRows;
+    if (out_token >= m || out_row >= n) continue;
+    float total = 0.f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total += block_sums[w * kWarpStride + out_token * kSumRow + i % kRows];
+    if (bias != nullptr) total += to_float(bias[out_row]);
+    out[(long long)out_token * n + out_row] = from_float<out_t>(total);
+  }
+}
