@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cupaged.errors import CheckpointError
+from cupaged.arguments import is_finite_number, is_int, require
 
 BLOCK_SIZES = (8, 16, 32, 64)  # tokens a block; what the kernels are instantiated for
+DEVICES = ("auto", "cuda", "cpu")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 HEAD_DIMS = (64, 80, 96, 128, 256)
 
 
@@ -62,26 +64,31 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
-        """From the dictionary of a Hugging Face config.json: the one place that knows its spelling.
+        """From the dictionary of a Hugging Face config.json, as transformers 4 or 5 writes it.
 
-        Raises CheckpointError for an architecture, activation or rope type that cupaged does not run.
+        Raises CheckpointError that names the key: for what cupaged does not run (architecture, activation, rope
+        type, quantisation, layers that differ in kind), for a missing key and for a value of the wrong type.
         """
-        raise CheckpointError("config.json: no reader yet")
+        from cupaged.hf_config import model_config  # which builds a ModelConfig, so it imports this module
+
+        return model_config(config)
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How to run a model. Names and defaults are vLLM's where it has them.
+    """How to run a model. Names and defaults are vLLM's where it has them. Raises ValueError that names the option
+    whose value makes no sense.
 
     kv_cache_memory_bytes: upper bound of the KV cache; None derives one from gpu_memory_utilization.
     gpu_memory_utilization: the share of the device's whole memory that weights, buffers and KV cache may reach.
     max_model_len: the longest prompt + output; None means the model's own limit, lowered to what fits.
+    max_num_seqs: the most sequences that run at once; no more than max_num_batched_tokens ever do.
     max_num_batched_tokens: tokens a step may compute, prompts and decodes together.
     preallocate: take the whole KV cache at the start instead of growing slab by slab.
     """
 
-    device: str = "auto"  # "auto" | "cuda" | "cpu"
-    dtype: str = "auto"  # "auto" | "bfloat16" | "float16" | "float32"
+    device: str = "auto"  # of DEVICES
+    dtype: str = "auto"  # of DTYPES
     block_size: int = 16
     max_model_len: int | None = None
     max_num_seqs: int = 256
@@ -90,3 +97,19 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     preallocate: bool = False
     seed: int | None = None  # seeds the requests that bring none; None: from the operating system
+
+    def __post_init__(self):
+        for name, values in (("device", DEVICES), ("dtype", DTYPES), ("block_size", BLOCK_SIZES)):
+            value = getattr(self, name)
+            require(value in values, name, value, "one of " + ", ".join(map(str, values)))
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
+            value = getattr(self, name)
+            require(is_int(value) and value >= 1, name, value, "an integer >= 1")
+        length, cache = self.max_model_len, self.kv_cache_memory_bytes
+        require(length is None or (is_int(length) and length >= 2), "max_model_len", length, "an integer >= 2, or None")
+        require(
+            cache is None or (is_int(cache) and cache >= 1), "kv_cache_memory_bytes", cache, "an integer >= 1, or None"
+        )
+        share = self.gpu_memory_utilization
+        require(is_finite_number(share) and 0 < share <= 1, "gpu_memory_utilization", share, "in (0, 1]")
+        require(self.seed is None or is_int(self.seed), "seed", self.seed, "an integer, or None")

@@ -25,6 +25,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None  # per token: id -> Logprob, the sampled id among them
     finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"; None while it runs
     stop_reason: int | str | None = None  # the stop string or stop token id that ended it; None for EOS and length
+    error: str | None = None  # what went wrong, when finish_reason is "error"
 
 
 @dataclass

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
+
+from cupaged.arguments import is_finite_number, is_int, require
 
 # Below this a temperature means greedy: dividing logits by less only overflows them.
 MIN_TEMPERATURE = 1e-5
 # More alternatives than this a token would make the top-k search slower than the step itself.
 MAX_LOGPROBS = 20
+
+
+class RequestOutputKind(Enum):
+    """What a request's outputs hold, step by step."""
+
+    CUMULATIVE = "cumulative"  # everything generated so far
+    DELTA = "delta"  # what is new since the last output
+    FINAL_ONLY = "final_only"  # one output, at the end; costs the least
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,9 @@ class SamplingParams:
     ignore_eos: go on after an EOS id.
     logprobs: for each generated token, the log probabilities of this many most likely tokens and of the
         sampled one (0: of the sampled one alone); None computes none.
+    skip_special_tokens: leave special tokens such as EOS out of the text.
+    detokenize: turn the output into text; token ids come in any case.
+    output_kind: what the outputs of the steps hold. LLM.generate always gives the final ones.
 
     Raises ValueError that names the argument when a value makes no sense.
     """
@@ -44,55 +57,42 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     detokenize: bool = True
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self):
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
 
-        _require_real("temperature", self.temperature)
-        _require(self.temperature >= 0, "temperature", self.temperature, "at least 0 (0 is greedy)")
-        _require_real("top_p", self.top_p)
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
-        _require_real("min_p", self.min_p)
-        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
-        _require(_is_int(self.top_k) and self.top_k >= -1, "top_k", self.top_k, "an integer >= 1, or 0 or -1 for all")
-        _require(
-            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
+        require(
+            is_finite_number(self.temperature) and self.temperature >= 0,
+            "temperature", self.temperature, "a finite number, at least 0 (0 is greedy)",
+        )  # fmt: skip
+        require(is_finite_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        require(is_finite_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
+        require(is_int(self.top_k) and self.top_k >= -1, "top_k", self.top_k, "an integer >= 1, or 0 or -1 for all")
+        require(
+            self.max_tokens is None or (is_int(self.max_tokens) and self.max_tokens >= 1),
             "max_tokens", self.max_tokens, "an integer >= 1, or None for no limit",
         )  # fmt: skip
-        _require(
-            self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**64),
+        require(
+            self.seed is None or (is_int(self.seed) and 0 <= self.seed < 2**64),
             "seed", self.seed, "an integer in [0, 2**64), or None",
         )  # fmt: skip
-        _require(
-            self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
+        require(
+            self.logprobs is None or (is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
             "logprobs", self.logprobs, f"an integer in [0, {MAX_LOGPROBS}], or None",
         )  # fmt: skip
-        _require(
+        require(
             all(isinstance(s, str) and s for s in stop), "stop", self.stop, "a non-empty string, or several of them"
         )
-        _require(
-            all(_is_int(t) and t >= 0 for t in self.stop_token_ids),
+        require(
+            all(is_int(t) and t >= 0 for t in self.stop_token_ids),
             "stop_token_ids", self.stop_token_ids, "token ids >= 0",
         )  # fmt: skip
-        _require(not (stop and not self.detokenize), "detokenize", self.detokenize, "True when stop strings are given")
+        require(not (stop and not self.detokenize), "detokenize", self.detokenize, "True when stop strings are given")
 
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is taken without a draw; top_k=1 leaves no choice either."""
         return self.temperature < MIN_TEMPERATURE or self.top_k == 1
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _require_real(name: str, value) -> None:
-    is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    _require(is_real and math.isfinite(value), name, value, "a finite number")
-
-
-def _require(holds: bool, name: str, value, what: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {what}; got {value!r}")

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from cupaged.engine.scheduler import Schedule
 
 Array = Any  # numpy.ndarray on the host; after Backend.upload_batch an array of the backend
 
@@ -35,3 +40,68 @@ class Batch:
     @property
     def num_seqs(self) -> int:
         return self.seq_lens.shape[0]
+
+
+class BatchBuilder:
+    """Turns schedules into batches.
+
+    It keeps the block tables of the running sequences, a row each, and adds only what a step brought, so that a
+    step costs a few NumPy calls and one look at each sequence, however long they are.
+    """
+
+    def __init__(self, *, max_num_seqs: int, max_model_len: int, block_size: int):
+        self.block_size = block_size
+        self._block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
+        self._num_blocks = [0] * max_num_seqs  # how much of each row is up to date
+        # Whose tables the rows hold. A sequence gets a new list whenever it loses its blocks, so the list itself
+        # tells whether a row is still its own.
+        self._sources: list[list[int] | None] = [None] * max_num_seqs
+
+    def build(self, schedule: Schedule, sampled: list[int]) -> Batch:
+        """The batch of `schedule`, with the logits of the last tokens of the sequences at indices `sampled`."""
+        sequences = schedule.sequences
+        for seq in sequences:
+            self._update_row(seq.row, seq.block_table)
+        rows = np.array([seq.row for seq in sequences])
+        num_cached = np.array([seq.num_cached_tokens for seq in sequences], np.int32)
+        num_tokens = np.array(schedule.num_tokens, np.int32)
+        seq_lens = num_cached + num_tokens
+        max_seq_len = int(seq_lens.max())
+        query_start_loc = np.zeros(len(sequences) + 1, np.int32)
+        np.cumsum(num_tokens, out=query_start_loc[1:])
+
+        # The decodes' tokens, then the chunks'.
+        num_decodes = schedule.num_decodes
+        token_ids = np.empty(query_start_loc[-1], np.int32)
+        token_ids[:num_decodes] = [seq.token_ids[seq.num_cached_tokens] for seq in sequences[:num_decodes]]
+        for i in range(num_decodes, len(sequences)):
+            seq, start = sequences[i], sequences[i].num_cached_tokens
+            chunk = seq.token_ids[start : start + schedule.num_tokens[i]]
+            token_ids[query_start_loc[i] : query_start_loc[i + 1]] = chunk
+
+        positions = np.arange(len(token_ids), dtype=np.int32)
+        positions += np.repeat(num_cached - query_start_loc[:-1], num_tokens)
+        block_ids = self._block_tables[np.repeat(rows, num_tokens), positions // self.block_size]
+        slot_mapping = block_ids * self.block_size + positions % self.block_size
+
+        return Batch(
+            token_ids=token_ids,
+            positions=positions,
+            slot_mapping=slot_mapping,
+            query_start_loc=query_start_loc,
+            seq_lens=seq_lens,
+            block_tables=self._block_tables[rows, : -(-max_seq_len // self.block_size)],
+            logits_indices=query_start_loc[1:][sampled] - np.int32(1),
+            num_decodes=num_decodes,
+            max_query_len=max(schedule.num_tokens[num_decodes:], default=0),
+            max_seq_len=max_seq_len,
+        )
+
+    def _update_row(self, row: int, block_table: list[int]) -> None:
+        known = self._num_blocks[row]
+        if self._sources[row] is not block_table:
+            self._sources[row] = block_table
+            known = 0
+        if known != len(block_table):
+            self._block_tables[row, known : len(block_table)] = block_table[known:]
+            self._num_blocks[row] = len(block_table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,10 @@ import numpy as np
 from cupaged.errors import OutOfMemoryError
 
 TARGET_SLAB_BYTES = 128 << 20
+# The cache is made of at least this many slabs if it can be, as only whole ones fit under its limit.
+MIN_SLABS = 8
+# A failed growth is not tried again sooner: asking for memory that isn't there is slow, and a full cache asks often.
+GROW_RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,10 @@ class KVLayout:
 
     @classmethod
     def choose(cls, *, num_layers, num_kv_heads, block_size, head_dim, dtype, max_blocks: int) -> KVLayout:
-        """The layout with the largest slabs of at most TARGET_SLAB_BYTES (one block at least), and no larger
-        than `max_blocks` needs."""
+        """The layout with the largest slabs of at most TARGET_SLAB_BYTES and a MIN_SLABS-th of `max_blocks` (but of
+        one block at least)."""
         layout = cls(num_layers, num_kv_heads, block_size, head_dim, np.dtype(dtype), 1)
-        blocks = max(1, min(TARGET_SLAB_BYTES // layout.bytes_per_block, max_blocks))
+        blocks = max(1, min(TARGET_SLAB_BYTES // layout.bytes_per_block, max_blocks // MIN_SLABS))
         return cls(num_layers, num_kv_heads, block_size, head_dim, np.dtype(dtype), 1 << (blocks.bit_length() - 1))
 
     @property
@@ -76,6 +81,11 @@ class KVArena:
         self.slab_table = backend.empty((self.max_slabs,), np.int64)
         self.slab_table_address = backend.address(self.slab_table)
         self._backend = backend
+        self._retry_time = 0.0  # on time.monotonic()'s clock
+
+    @property
+    def max_blocks(self) -> int:
+        return self.max_slabs * self.layout.blocks_per_slab
 
     @property
     def num_blocks(self) -> int:
@@ -83,11 +93,12 @@ class KVArena:
 
     def grow(self) -> int:
         """Take one more slab; returns how many blocks that adds, 0 when the limit is reached or no memory is left."""
-        if len(self.slabs) == self.max_slabs:
+        if len(self.slabs) == self.max_slabs or time.monotonic() < self._retry_time:
             return 0
         try:
             slab = self._backend.empty(self.layout.slab_shape, self.layout.dtype)
         except OutOfMemoryError:
+            self._retry_time = time.monotonic() + GROW_RETRY_SECONDS
             return 0
         index = len(self.slabs)
         self.slabs.append(slab)
@@ -95,4 +106,6 @@ class KVArena:
         return self.layout.blocks_per_slab
 
     def close(self) -> None:
+        """Give the memory back."""
         self.slabs.clear()
+        self.slab_table = None

@@ -1,0 +1,65 @@
+"""A sequence's text as its tokens arrive, ended by stop strings wherever token borders fall."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class TextDecoder(Protocol):
+    def push(self, token_id: int) -> str:
+        """The text that this token settles; bytes of an unfinished character are held back."""
+
+    def flush(self) -> str:
+        """What was held back, when no token follows."""
+
+
+class OutputText:
+    """`text` grows by what is settled and never shrinks: no part of a stop string shows before it turns out not to
+    become one, and nothing else is withheld.
+
+    A stop string ends the text where its last character arrives; of several that end there, the longest counts.
+    So the result doesn't depend on how the text is cut into tokens.
+
+    decoder: turns tokens into text. stop: the stop strings. include_stop: keep the one that was found.
+    """
+
+    def __init__(self, decoder: TextDecoder, stop: tuple[str, ...] = (), include_stop: bool = False):
+        self.text = ""
+        self._decoder = decoder
+        self._stop = stop
+        self._include_stop = include_stop
+        self._held = ""  # the longest end of what was decoded that may become a stop string
+
+    def push(self, token_id: int) -> str | None:
+        """Add a token; returns the stop string that it completes, if any, after which nothing may be added."""
+        return self._add(self._decoder.push(token_id))
+
+    def flush(self) -> str | None:
+        """Settle everything, since no token follows; returns a stop string that shows up in the last bytes."""
+        found = self._add(self._decoder.flush())
+        self.text += self._held
+        self._held = ""
+        return found
+
+    def _add(self, piece: str) -> str | None:
+        if not self._stop:
+            self.text += piece
+            return None
+        text = self._held + piece
+        matches = [(start + len(s), start, s) for s in self._stop if (start := text.find(s)) >= 0]
+        if matches:
+            end, start, found = min(matches)
+            self.text += text[:end] if self._include_stop else text[:start]
+            self._held = ""
+            return found
+        held = self._longest_beginning_at_end(text)
+        self.text += text[: len(text) - held]
+        self._held = text[len(text) - held :]
+        return None
+
+    def _longest_beginning_at_end(self, text: str) -> int:
+        """The length of the longest end of `text` with which a stop string begins."""
+        for length in range(min(len(text), max(map(len, self._stop)) - 1), 0, -1):
+            if any(s.startswith(text[-length:]) for s in self._stop):
+                return length
+        return 0

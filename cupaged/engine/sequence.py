@@ -1,0 +1,103 @@
+"""What the engine knows of a request while it runs."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from cupaged.engine.output_text import OutputText
+from cupaged.outputs import Logprob, RequestMetrics
+from cupaged.sampling_params import SamplingParams
+
+
+class SequenceState(Enum):
+    WAITING = "waiting"  # holds no blocks: new, or preempted
+    RUNNING = "running"  # holds blocks and a row of the batch
+    FINISHED = "finished"
+
+
+class Request:
+    """What a caller asked for, and the sequences that answer it.
+
+    seed: keys the draws of its sequences: the caller's, or one drawn for it.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        seed: int,
+        arrival_time: float,
+    ):
+        self.request_id = request_id
+        self.prompt = prompt
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self.seed = seed
+        self.metrics = RequestMetrics(arrival_time)
+        self.sequences = [Sequence(self, index=0)]
+
+    @property
+    def finished(self) -> bool:
+        return all(seq.state is SequenceState.FINISHED for seq in self.sequences)
+
+
+class Sequence:
+    """A prompt and what was generated after it.
+
+    token_ids  |<------ prompt ------>|<------ output ------>|
+               |<-- num_cached_tokens -->|<-- uncomputed --->|
+    block_table    covers the cached tokens, and those that were given room for this step
+
+    An uncomputed token's keys and values are not in the cache yet. A sequence that decodes has exactly one, its
+    last; a preempted one has them all.
+    """
+
+    __slots__ = (
+        "block_table",
+        "cumulative_logprob",
+        "error",
+        "finish_reason",
+        "index",
+        "logprobs",
+        "num_cached_tokens",
+        "num_decoded_tokens",
+        "num_prompt_tokens",
+        "num_sent_chars",
+        "num_sent_tokens",
+        "output_text",
+        "request",
+        "row",
+        "state",
+        "stop_reason",
+        "token_ids",
+    )
+
+    def __init__(self, request: Request, index: int):
+        self.request = request
+        self.index = index  # among the request's sequences
+        self.token_ids = list(request.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_cached_tokens = 0
+        self.block_table: list[int] = []  # block ids in token order
+        self.state = SequenceState.WAITING
+        self.row = -1  # of the batch's host arrays, while running
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self.error: str | None = None  # why, when finish_reason is "error"
+
+        self.output_text: OutputText | None = None  # None when nothing is to be detokenised
+        self.logprobs: list[dict[int, Logprob]] | None = [] if request.params.logprobs is not None else None
+        self.cumulative_logprob = 0.0
+        self.num_decoded_tokens = self.num_prompt_tokens  # output_text holds the output tokens before this one
+        self.num_sent_tokens = 0  # what earlier outputs of kind DELTA told
+        self.num_sent_chars = 0
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_cached_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens

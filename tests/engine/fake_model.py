@@ -1,0 +1,229 @@
+"""An engine around a model that only remembers: its next token is a hash of all tokens before, as the KV cache holds
+them. A wrong block table, a block freed too early or used twice changes the output, and no schedule may.
+"""
+
+import zlib
+from dataclasses import replace
+
+import numpy as np
+
+from cupaged.config import EngineConfig, ModelConfig
+from cupaged.engine.engine import Engine
+from cupaged.engine.sequence import SequenceState
+from cupaged.errors import OutOfMemoryError
+
+VOCAB_SIZE = 50
+EOS = 0
+BYTES_PER_TOKEN = 16  # one layer, one head, head_dim 1, float64, K and V
+
+MODEL = ModelConfig(
+    architecture="FakeForCausalLM",
+    vocab_size=VOCAB_SIZE,
+    hidden_size=1,
+    intermediate_size=1,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=1,
+    max_position_embeddings=1 << 16,
+    eos_token_ids=(EOS,),
+)
+
+
+def most_likely_token(token_ids) -> int:
+    return zlib.crc32(np.array(token_ids, np.int32).tobytes()) % VOCAB_SIZE
+
+
+def drawn_token(best: int, seed: int, counter: int) -> int:
+    return zlib.crc32(f"{best} {seed} {counter}".encode()) % VOCAB_SIZE
+
+
+def expected_output(prompt, num_tokens, *, seed=None, ignore_eos=False) -> list[int]:
+    """What a request gives, as a function of the prompt alone. seed None: greedy."""
+    token_ids = list(prompt)
+    for counter in range(num_tokens):
+        token = most_likely_token(token_ids)
+        token_ids.append(token if seed is None else drawn_token(token, seed, counter))
+        if token_ids[-1] == EOS and not ignore_eos:
+            break
+    return token_ids[len(prompt) :]
+
+
+class FakeBackend:
+    """NumPy memory, poisoned with NaN; a greedy sampler, and one that hashes (best token, seed, counter)."""
+
+    name = "cpu"
+    description = "fake"
+    dtype = np.dtype(np.float64)
+
+    def __init__(self):
+        self.out_of_memory = False
+        self.closed = False
+
+    def empty(self, shape, dtype):
+        if self.out_of_memory:
+            raise OutOfMemoryError("no memory is left")
+        array = np.empty(shape, dtype)
+        array.view(np.uint8).fill(0xFF)  # NaN for floats, -1 for integers
+        return array
+
+    def copy_in(self, dst, src):
+        dst[...] = src
+
+    def to_host(self, src):
+        return src.copy()
+
+    def address(self, array):
+        return array.ctypes.data
+
+    def memory_info(self):
+        return 8 << 30, 16 << 30
+
+    def upload_batch(self, batch):
+        return batch
+
+    def close(self):
+        self.closed = True
+
+    def sample(self, token_ids, logits, rows, vocab_size):
+        for i, (row, params) in enumerate(zip(logits[:, :vocab_size], rows, strict=True)):
+            if not np.isfinite(row).any():
+                token_ids[i] = -1
+            elif params["temperature"] == 0:
+                token_ids[i] = row.argmax()
+            else:
+                token_ids[i] = drawn_token(int(row.argmax()), int(params["seed"]), int(params["counter"]))
+
+    def logprobs(self, top_ids, top_logprobs, ranks, logits, token_ids, vocab_size):
+        logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        order = np.argsort(-logits, axis=1, kind="stable")
+        top_ids[:, 0], top_ids[:, 1:] = token_ids, order[:, : top_ids.shape[1] - 1]
+        top_logprobs[:] = np.take_along_axis(logprobs, top_ids, axis=1)
+        ranks[:] = 1 + (logprobs > top_logprobs[:, :1]).sum(axis=1)
+
+
+class FakeDecoder:
+    """Writes tokens where the model would write K, positions where it would write V, and reads them back.
+
+    fail: raise instead of computing the next step. nan_after: a token id; a sequence that ends with it gets NaN.
+    """
+
+    def __init__(self):
+        self.fail: BaseException | None = None
+        self.nan_after: int | None = None
+        self.batches = []  # (num_decodes, query lengths) of each step
+
+    def forward(self, batch, arena):
+        if self.fail is not None:
+            error, self.fail = self.fail, None
+            raise error
+        check_batch(batch, arena)
+        self.batches.append((batch.num_decodes, np.diff(batch.query_start_loc).tolist()))
+        k, v = read_write_view(arena, 0), read_write_view(arena, 1)
+        for token, position, slot in zip(batch.token_ids, batch.positions, batch.slot_mapping, strict=True):
+            k(slot)[...], v(slot)[...] = token, position
+
+        logits = np.zeros((len(batch.logits_indices), VOCAB_SIZE), np.float32)
+        for row, last in zip(logits, batch.logits_indices, strict=True):
+            i = int(np.searchsorted(batch.query_start_loc, last, side="right")) - 1
+            length, block_size = batch.positions[last] + 1, arena.layout.block_size
+            slots = [batch.block_tables[i, p // block_size] * block_size + p % block_size for p in range(length)]
+            assert [float(v(slot)) for slot in slots] == list(range(length))
+            token_ids = [float(k(slot)) for slot in slots]
+            row[most_likely_token(token_ids)] = 1.0
+            if token_ids[-1] == self.nan_after:
+                row[:] = np.nan
+        return logits
+
+
+def read_write_view(arena, part):
+    layout = arena.layout
+
+    def at(slot):
+        block_id, offset = divmod(int(slot), layout.block_size)
+        slab, index = divmod(block_id, layout.blocks_per_slab)
+        return arena.slabs[slab][0, part, index, 0, offset, :]
+
+    return lambda slot: at(slot).reshape(())
+
+
+def check_batch(batch, arena):
+    """The promises of Batch's docstring."""
+    arrays = {k: v for k, v in vars(batch).items() if isinstance(v, np.ndarray)}
+    assert len(arrays) == 7
+    for name, array in arrays.items():
+        assert array.dtype == np.int32, name
+        assert array.flags.c_contiguous, name
+    query_lens = np.diff(batch.query_start_loc)
+    assert batch.query_start_loc[0] == 0
+    assert batch.query_start_loc[-1] == batch.num_tokens == len(batch.positions) == len(batch.slot_mapping)
+    assert (query_lens > 0).all()
+    assert (query_lens[: batch.num_decodes] == 1).all()
+    assert batch.max_query_len == max(query_lens[batch.num_decodes :], default=0)
+    assert batch.max_seq_len == batch.seq_lens.max()
+    assert batch.block_tables.shape[0] == batch.num_seqs == len(query_lens)
+    assert batch.block_tables.shape[1] * arena.layout.block_size >= batch.max_seq_len
+    for i in range(batch.num_seqs):
+        tokens = slice(batch.query_start_loc[i], batch.query_start_loc[i + 1])
+        expected = np.arange(batch.seq_lens[i] - query_lens[i], batch.seq_lens[i])
+        assert (batch.positions[tokens] == expected).all()
+        blocks, offsets = batch.block_tables[i][expected // arena.layout.block_size], expected % arena.layout.block_size
+        assert (batch.slot_mapping[tokens] == blocks * arena.layout.block_size + offsets).all()
+        assert (blocks < arena.num_blocks).all()
+    assert len(np.unique(batch.slot_mapping)) == batch.num_tokens
+
+
+def make_engine(num_blocks=64, tokenizer=None, model=MODEL, **config) -> Engine:
+    """An engine with FakeDecoder at `engine.runner.decoder` and FakeBackend at `engine.backend`."""
+    config = {"block_size": 8, "seed": 1, "max_model_len": None, **config}
+    num_bytes = num_blocks * config["block_size"] * BYTES_PER_TOKEN
+    return Engine(
+        EngineConfig(kv_cache_memory_bytes=num_bytes, **config), model, FakeDecoder(), FakeBackend(), tokenizer
+    )
+
+
+def model_with(**fields) -> ModelConfig:
+    return replace(MODEL, **fields)
+
+
+def run_all(engine) -> dict:
+    """Step until nothing is left; the last output of each request, by its id."""
+    last = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            last[output.request_id] = output
+        audit(engine)
+    return last
+
+
+def audit(engine):
+    """Check the bookkeeping against what the sequences say, and poison what no sequence holds."""
+    pool, scheduler = engine.pool, engine.scheduler
+    references = dict.fromkeys(range(pool.num_blocks), 0)
+    for seq in scheduler.running:
+        assert seq.state is SequenceState.RUNNING
+        assert len(set(seq.block_table)) == len(seq.block_table)
+        assert seq.num_cached_tokens <= len(seq.block_table) * engine.config.block_size
+        for block_id in seq.block_table:
+            references[block_id] += 1
+    for seq in scheduler.waiting:
+        assert seq.state is SequenceState.WAITING
+        assert not seq.block_table
+        assert seq.num_cached_tokens == 0
+        assert seq.row == -1
+    assert {b: pool.ref_count(b) for b in references} == references
+
+    free = [block.block_id for block in pool._free]
+    assert len(free) == pool.num_free_blocks
+    assert sorted(free) == [b for b, count in references.items() if count == 0]
+    assert pool.num_blocks == engine.arena.num_blocks <= engine.arena.max_blocks
+
+    rows = [seq.row for seq in scheduler.running] + scheduler._free_rows
+    assert sorted(rows) == list(range(scheduler.max_num_seqs))
+
+    sequences = [seq for request in engine._requests.values() for seq in request.sequences]
+    assert sorted(map(id, sequences)) == sorted(map(id, [*scheduler.running, *scheduler.waiting]))
+
+    for block_id in free:
+        slab, index = divmod(block_id, engine.arena.layout.blocks_per_slab)
+        engine.arena.slabs[slab][:, :, index] = np.nan
