@@ -17,7 +17,7 @@ from cupaged.kernels.checks import (
     check_that,
     check_vectors,
 )
-from cupaged.kernels.compile import load_kernel
+from cupaged.kernels.compile import NULL, load_kernel
 from cupaged.kernels.device import device_info
 from cupaged.kernels.tuning import LINEAR_TILES, LinearTile, linear_tile
 
@@ -32,7 +32,7 @@ def linear(out, x, weight, bias=None, tile: LinearTile | None = None) -> None:
         return
     tile = tile or linear_tile(m, n, device_info())
     grid = (ceil_div(m, tile.tile_m) * ceil_div(n, tile.tile_n),)
-    args = (out, x, weight, bias_or_null(bias), np.int32(m), np.int32(n), np.int32(k))
+    args = (out, x, weight, NULL if bias is None else bias, np.int32(m), np.int32(n), np.int32(k))
     load_kernel("linear.cu", _name(x.dtype, out.dtype, tile))(grid, (tile.num_threads,), args, tile.shared_bytes)
 
 
@@ -54,11 +54,6 @@ def check_linear(out, x, weight, bias) -> tuple[int, int, int]:
     if n * out.dtype.itemsize % VECTOR_BYTES == 0:  # else its rows are stored element by element
         check_vectors("out", out, n)
     return m, n, k
-
-
-def bias_or_null(bias):
-    """What to pass for a bias that may be None."""
-    return np.uint64(0) if bias is None else bias
 
 
 def instantiations() -> Iterator[tuple[str, str]]:

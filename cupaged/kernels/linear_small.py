@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from cupaged.kernels.checks import C_TYPE, FLOAT32, HALF_TYPES, ceil_div, check_that
-from cupaged.kernels.compile import load_kernel
+from cupaged.kernels.compile import NULL, load_kernel
 from cupaged.kernels.device import device_info
-from cupaged.kernels.linear import bias_or_null, check_linear
+from cupaged.kernels.linear import check_linear
 from cupaged.kernels.tuning import LINEAR_SMALL_TILES, LinearSmallTile, linear_small_tile
 
 MAX_ROWS = 16  # of x; more are for `linear`
@@ -28,7 +28,7 @@ def linear_small(out, x, weight, bias=None, tile: LinearSmallTile | None = None)
         return
     tile = tile or linear_small_tile(m, n, device_info())
     check_that(m <= 8 * tile.token_tiles, f"tile: {8 * tile.token_tiles} tokens are too few for the {m} rows of x")
-    args = (out, x, weight, bias_or_null(bias), np.int32(m), np.int32(n), np.int32(k))
+    args = (out, x, weight, NULL if bias is None else bias, np.int32(m), np.int32(n), np.int32(k))
     kernel = load_kernel("linear_small.cu", _name(x.dtype, out.dtype, tile))
     kernel((ceil_div(n, 16 * tile.row_tiles),), (NUM_THREADS,), args, tile.shared_bytes)
 

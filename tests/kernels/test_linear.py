@@ -1,0 +1,264 @@
+"""linear.cu and linear_small.cu against the formula in float64, and the choice of their tiles."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cupaged.kernels import linear as linear_module
+from cupaged.kernels import linear_small as linear_small_module
+from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32, ceil_div
+from cupaged.kernels.device import DeviceInfo
+from cupaged.kernels.linear import linear
+from cupaged.kernels.linear_small import MAX_ROWS, linear_small
+from cupaged.kernels.tuning import (
+    LINEAR_SMALL_TILES,
+    LINEAR_TILES,
+    LinearSmallTile,
+    LinearTile,
+    linear_small_tile,
+    linear_tile,
+)
+
+H100 = DeviceInfo("sm_90a", num_sms=132, max_shared_bytes=232448)
+A100 = DeviceInfo("sm_80", num_sms=108, max_shared_bytes=166912)
+RTX_5090 = DeviceInfo("sm_120", num_sms=170, max_shared_bytes=101376)
+
+UNIT_ROUNDOFF = {BFLOAT16: 2.0**-8, FLOAT16: 2.0**-11, FLOAT32: 2.0**-24}
+SMALLEST_SUBNORMAL = {BFLOAT16: 2.0**-133, FLOAT16: 2.0**-24, FLOAT32: 2.0**-149}
+
+
+def guarded(values: np.ndarray, guard: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """(a view of the values, the buffer it lies in, with `guard` rows of NaN before and after it)."""
+    buffer = np.full((len(values) + 2 * guard, *values.shape[1:]), np.nan, values.dtype)
+    buffer[guard : guard + len(values)] = values
+    return buffer[guard : guard + len(values)], buffer
+
+
+def operands(m: int, n: int, k: int, dtype, with_bias: bool, seed: int = 0):
+    """x, weight and bias or None, rounded to dtype, with a few outliers and NaN all around each of them."""
+    rng = np.random.default_rng((seed, m, n, k))
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    weight = rng.standard_normal((n, k)).astype(np.float32)
+    x[0, 0] = x[-1, -1] = 50  # in the first and the last place, so that a lost edge shows
+    weight[0, -1] = weight[-1, 0] = -20
+    bias = guarded(rng.standard_normal(n).astype(dtype))[0] if with_bias else None
+    return guarded(x.astype(dtype))[0], guarded(weight.astype(dtype))[0], bias
+
+
+def run(runner, operation, x, weight, bias, out_dtype, tile) -> np.ndarray:
+    """The operation's out, all NaN before. What lies around it must be NaN still."""
+    m, n = len(x), len(weight)
+    out, buffer = guarded(np.full((m, n), np.nan, out_dtype))
+    operation(out, x, weight, bias, tile)
+    assert np.isnan(buffer[:8]).all()
+    assert np.isnan(buffer[8 + m :]).all()
+    return out.copy()
+
+
+def assert_matches_formula(out, x, weight, bias):
+    """Judge by the roundings: one for each product summed, in float32 (truncated, as tensor cores do: a unit of
+    2^-23), each at most that part of the sum of magnitudes; then one to the nearest of out's type."""
+    x, weight = x.astype(np.float64), weight.astype(np.float64)
+    expected = x @ weight.T
+    magnitude = np.abs(x) @ np.abs(weight).T
+    if bias is not None:
+        expected += bias.astype(np.float64)
+        magnitude += np.abs(bias.astype(np.float64))
+    summing = (x.shape[1] + 1) * 2.0**-23 * magnitude
+    tolerance = summing + UNIT_ROUNDOFF[out.dtype] * (np.abs(expected) + summing) + SMALLEST_SUBNORMAL[out.dtype]
+    error = np.abs(out.astype(np.float64) - expected)
+    worst = np.unravel_index(np.argmax(np.nan_to_num(error - tolerance, nan=np.inf)), error.shape)
+    assert np.all(error <= tolerance), f"out{list(map(int, worst))} is {out[worst]}, expected {expected[worst]}"
+    assert np.median(np.abs(expected)) > 20 * np.median(tolerance)  # or else anything would pass
+
+
+def tile_id(tile: LinearTile | LinearSmallTile) -> str:
+    return f"{tile.tile_m}x{tile.tile_n}" if isinstance(tile, LinearTile) else f"{tile.row_tiles}x{tile.token_tiles}"
+
+
+def linear_cases():
+    """Sizes around the tile's edges: one, just below, a whole tile, just above, several; k from one chunk of 8 to more
+    stages than the ring has. The types take turns, so that each kernel is built for few of them."""
+    for i, tile in enumerate(LINEAR_TILES):
+        tm, tn = tile.tile_m, tile.tile_n
+        dtype, out_dtype = [(BFLOAT16, BFLOAT16), (FLOAT16, FLOAT32)][i % 2]
+        for m, n, k, with_bias in (
+            (1, 1, 8, True),
+            (tm, tn, 64, False),
+            (tm - 1, tn + 1, 72, True),
+            (tm + 1, tn - 1, 136, False),
+            (17, tn + 8, 64 * tile.stages + 8, True),
+        ):
+            yield pytest.param(m, n, k, dtype, out_dtype, with_bias, tile, id=f"{tile_id(tile)}-{m}x{n}x{k}")
+    smallest = LINEAR_TILES[-1]
+    # 9 token tiles and 2 weight tiles: more than a group of the raster, with a ragged last one.
+    yield pytest.param(8 * 64 + 1, 33, 16, BFLOAT16, BFLOAT16, True, smallest, id="raster")
+    yield pytest.param(18, 40, 576, BFLOAT16, FLOAT32, False, smallest, id="bfloat16-to-float32")
+    yield pytest.param(18, 40, 576, FLOAT16, FLOAT16, True, smallest, id="float16-to-float16")
+
+
+def small_cases():
+    """As above. k covers fewer chunks than warps, as many, one more, and rings that go round."""
+    for i, tile in enumerate(LINEAR_SMALL_TILES):
+        rows, tokens = 16 * tile.row_tiles, 8 * tile.token_tiles
+        dtype, out_dtype = [(BFLOAT16, BFLOAT16), (FLOAT16, FLOAT32)][i % 2]
+        for m, n, k, with_bias in (
+            (1, 1, 8, True),
+            (tokens, rows, 512, False),
+            (tokens - 1, rows + 1, 520, True),
+            (tokens - 7, rows - 1, 576, True),
+            (tokens, 3 * rows + 1, 512 * (tile.stages + 1) + 24, False),
+        ):
+            yield pytest.param(m, n, k, dtype, out_dtype, with_bias, tile, id=f"{tile_id(tile)}-{m}x{n}x{k}")
+    smallest = LINEAR_SMALL_TILES[0]
+    yield pytest.param(3, 40, 136, BFLOAT16, FLOAT32, False, smallest, id="bfloat16-to-float32")
+    yield pytest.param(3, 40, 136, FLOAT16, FLOAT16, True, smallest, id="float16-to-float16")
+
+
+@pytest.mark.parametrize(("m", "n", "k", "dtype", "out_dtype", "with_bias", "tile"), list(linear_cases()))
+def test_linear_matches_the_formula(runner, m, n, k, dtype, out_dtype, with_bias, tile):
+    x, weight, bias = operands(m, n, k, dtype, with_bias)
+    assert_matches_formula(run(runner, linear, x, weight, bias, out_dtype, tile), x, weight, bias)
+
+
+@pytest.mark.parametrize(("m", "n", "k", "dtype", "out_dtype", "with_bias", "tile"), list(small_cases()))
+def test_linear_small_matches_the_formula(runner, m, n, k, dtype, out_dtype, with_bias, tile):
+    x, weight, bias = operands(m, n, k, dtype, with_bias)
+    assert_matches_formula(run(runner, linear_small, x, weight, bias, out_dtype, tile), x, weight, bias)
+
+
+def test_linear_gives_the_same_bits_in_every_tile_and_batch(runner):
+    x, weight, bias = operands(66, 70, 200, BFLOAT16, True)
+    tiles = [LINEAR_TILES[0], LINEAR_TILES[2], LINEAR_TILES[4]]  # the ones that are built for bfloat16 anyway
+    results = [run(runner, linear, x, weight, bias, BFLOAT16, tile) for tile in tiles]
+    assert (results[0] == results[1]).all()
+    assert (results[0] == results[2]).all()
+    for row in (0, 65):
+        alone = run(runner, linear, x[row : row + 1], weight, bias, BFLOAT16, LINEAR_TILES[4])
+        assert (alone[0] == results[0][row]).all()
+
+
+def test_linear_small_gives_the_same_bits_in_every_tile_and_batch(runner):
+    x, weight, bias = operands(16, 50, 1160, FLOAT16, True)
+    wide, wider = LINEAR_SMALL_TILES[1], LINEAR_SMALL_TILES[3]
+    assert (wide.token_tiles, wider.token_tiles) == (2, 2)
+    together = run(runner, linear_small, x, weight, bias, FLOAT32, wide)
+    assert (run(runner, linear_small, x, weight, bias, FLOAT32, wider) == together).all()
+    for row in (0, 9, 15):
+        one = x[row : row + 1]
+        assert (run(runner, linear_small, one, weight, bias, FLOAT32, wide)[0] == together[row]).all()
+    x, weight, bias = operands(16, 50, 1160, BFLOAT16, True)  # the tiles of 8 tokens are built for bfloat16
+    results = [run(runner, linear_small, x[5:12], weight, bias, BFLOAT16, LINEAR_SMALL_TILES[i]) for i in (0, 2)]
+    assert (results[0] == results[1]).all()
+
+
+@pytest.mark.parametrize(("operation", "tile"), [(linear, LINEAR_TILES[-1]), (linear_small, LINEAR_SMALL_TILES[0])])
+def test_nan_and_infinity_stay_in_their_row_and_column(runner, operation, tile):
+    x, weight, bias = operands(7, 37, 72, BFLOAT16, True)
+    x[3, 71] = np.nan
+    weight[20, 0] = np.inf
+    out = run(runner, operation, x, weight, bias, BFLOAT16, tile).astype(np.float64)
+    assert np.isnan(out[3]).all()
+    others = np.delete(out, 3, axis=0)
+    assert (np.isinf(others[:, 20])).all()
+    assert np.isfinite(np.delete(others, 20, axis=1)).all()
+
+
+@pytest.mark.parametrize("operation", [linear, linear_small])
+@pytest.mark.parametrize(("m", "n"), [(0, 5), (5, 0)])
+def test_empty_operands_launch_nothing(operation, m, n):
+    out = np.full((m, n), np.nan, BFLOAT16)
+    operation(out, np.zeros((m, 16), BFLOAT16), np.zeros((n, 16), BFLOAT16))  # no tile, no device: no launch
+
+
+def good_operands():
+    return {
+        "out": np.zeros((4, 8), BFLOAT16),
+        "x": np.zeros((4, 16), BFLOAT16),
+        "weight": np.zeros((8, 16), BFLOAT16),
+        "bias": np.zeros(8, BFLOAT16),
+    }
+
+
+def misaligned(shape) -> np.ndarray:
+    return np.zeros(int(np.prod(shape)) + 16, BFLOAT16)[1:][: int(np.prod(shape))].reshape(shape)
+
+
+@pytest.mark.parametrize("operation", [linear, linear_small])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": np.zeros((4, 16), FLOAT32)}, "x: dtype must be bfloat16 or float16"),
+        ({"x": np.zeros(16, BFLOAT16)}, "x: expected shape"),
+        ({"x": np.zeros((16, 4), BFLOAT16).T}, "x: .*C-contiguous"),
+        ({"weight": np.zeros((8, 24), BFLOAT16)}, r"weight: expected shape \(any, 16\)"),
+        ({"weight": np.zeros((8, 16), FLOAT16)}, "weight: expected .* bfloat16"),
+        ({"bias": np.zeros(7, BFLOAT16)}, r"bias: expected shape \(8\)"),
+        ({"bias": np.zeros(8, FLOAT32)}, "bias: expected .* bfloat16"),
+        ({"out": np.zeros((4, 9), BFLOAT16)}, r"out: expected shape \(4, 8\)"),
+        ({"out": np.zeros((4, 8), FLOAT16)}, "out: dtype must be bfloat16 or float32"),
+        (
+            {"x": np.zeros((4, 12), BFLOAT16), "weight": np.zeros((8, 12), BFLOAT16)},
+            "x: .*multiple of 16 bytes",
+        ),
+        ({"x": np.zeros((4, 0), BFLOAT16), "weight": np.zeros((8, 0), BFLOAT16)}, "x: rows must not be empty"),
+        ({"x": misaligned((4, 16))}, "x: must start at a multiple of 16 bytes"),
+        ({"weight": misaligned((8, 16))}, "weight: must start at a multiple of 16 bytes"),
+        ({"out": misaligned((4, 8))}, "out: must start at a multiple of 16 bytes"),
+    ],
+)
+def test_bad_operands_are_named(operation, changes, message):
+    with pytest.raises(ValueError, match=message):
+        operation(**{**good_operands(), **changes})
+
+
+def test_linear_small_refuses_more_rows_than_it_can_hold():
+    x, weight = np.zeros((17, 16), BFLOAT16), np.zeros((8, 16), BFLOAT16)
+    with pytest.raises(ValueError, match="x: linear_small takes at most 16 rows; got 17, use linear"):
+        linear_small(np.zeros((17, 8), BFLOAT16), x, weight)
+    with pytest.raises(ValueError, match="tile: 8 tokens are too few for the 9 rows of x"):
+        linear_small(np.zeros((9, 8), BFLOAT16), x[:9], weight, tile=LINEAR_SMALL_TILES[0])
+
+
+# -- the choice of tiles ------------------------------------------------------------------------------------
+
+SIZES = (1, 8, 576, 960, 2048, 4096, 6144, 28672, 32001, 49152, 151936)
+
+
+@pytest.mark.parametrize("device", [H100, A100, RTX_5090], ids=lambda device: device.arch)
+def test_chosen_tiles_fit_the_device_and_are_shipped(device):
+    names = {name for _, name in linear_module.instantiations()}
+    small_names = {name for _, name in linear_small_module.instantiations()}
+    for n in SIZES:
+        for m in (1, 16, 17, 63, 64, 65, 128, 500, 4096, 100_000):
+            tile = linear_tile(m, n, device)
+            assert tile.shared_bytes <= device.max_shared_bytes
+            sizes = (tile.tile_m, tile.tile_n, tile.warps_m, tile.warps_n, tile.stages)
+            assert f"linear<__half, float, {', '.join(map(str, sizes))}>" in names
+        for m in range(1, MAX_ROWS + 1):
+            tile = linear_small_tile(m, n, device)
+            assert tile.shared_bytes <= device.max_shared_bytes
+            assert tile.token_tiles == ceil_div(m, 8)
+            assert f"linear_small<__half, __half, {tile.row_tiles}, {tile.token_tiles}, {tile.stages}>" in small_names
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "device", "expected"),
+    [
+        (4096, 28672, H100, (128, 256)),  # plenty of work: the tile that draws the least from L2
+        (4096, 28672, RTX_5090, (128, 128)),  # 144 KB don't fit there
+        (32, 2048, H100, (64, 32)),  # few rows: 64 thread blocks are better than 16
+        (128, 4096, H100, (64, 64)),  # 128 tiles on 132 SMs, where 128 x 128 would leave 100 of them idle
+        (64, 28672, H100, (64, 128)),  # no tile of 128 tokens for 64
+    ],
+)
+def test_tile_for_shape(m, n, device, expected):
+    tile = linear_tile(m, n, device)
+    assert (tile.tile_m, tile.tile_n) == expected
+
+
+def test_small_tile_takes_two_row_tiles_where_every_sm_still_has_two_blocks():
+    assert linear_small_tile(1, 4096, H100).row_tiles == 1
+    assert linear_small_tile(1, 2 * 132 * 32, H100).row_tiles == 2
+    assert linear_small_tile(1, 128256, H100) == LinearSmallTile(row_tiles=2, token_tiles=1, stages=2)
