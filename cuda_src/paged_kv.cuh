@@ -32,6 +32,17 @@ struct PagedKV {
   __device__ __forceinline__ scalar_t* values(int block_id, int kv_head) const {
     return block<scalar_t, kBlockSize, kHeadDim>(v_offset, block_id, kv_head);
   }
+
+  // [kHeadDim] row `offset_in_block` of one head in one block, the block size known at run time only; offset is
+  // k_offset or v_offset
+  template <typename scalar_t, int kHeadDim>
+  __device__ __forceinline__ const scalar_t* row(long long offset, int block_id, int kv_head, int block_shift,
+                                                 int offset_in_block) const {
+    const scalar_t* slab = reinterpret_cast<const scalar_t*>(slabs[block_id >> slab_shift]);
+    const int index = block_id & ((1 << slab_shift) - 1);
+    const long long head = (long long)index * num_kv_heads + kv_head;
+    return slab + offset + ((head << block_shift) + offset_in_block) * kHeadDim;
+  }
 };
 
 #endif  // CUPAGED_PAGED_KV_CUH

@@ -1,0 +1,126 @@
+// paged_prefill.cu: causal attention of many query tokens a sequence over its cached keys and values.
+//
+//   out[t, h] = sum_j softmax_j(sm_scale * q[t, h] . k[j]) * v[j],  j in max(0, p - window + 1) .. p
+//
+// for token t of the step at position p = seq_len - query_len + its place in its sequence's query: whole prompts and
+// chunks of prompts, of any lengths, in one launch.
+//
+// Work:     one thread block per (tile of query rows, sequence, kv head). A row is a (token, query head of the kv
+//           head's group), token by token: the group shares every load of K and V, and short chunks still fill a tile.
+//           Each warp owns 16 * kRowTiles rows for the whole row of keys and walks over the key tiles that any of the
+//           block's rows attends to; the latest tokens, which have the most keys, go first.
+// Numerics: scores, weights and sums in float32, weights rounded to scalar_t before they meet V; one rounding at the
+//           store. Key tiles lie at absolute positions and a tile that a row can't see leaves its state as it was, bit
+//           for bit, so a token's result doesn't depend on how its prompt was cut into chunks.
+// Traffic:  K and V of a tile serve 16 * kRowTiles * kNumWarps rows: bound by the tensor cores. Not yet measured.
+#include "common.cuh"
+#include "paged_kv.cuh"
+#include "paged_tile.cuh"
+#include "ptx.cuh"
+#include "warp_attention.cuh"
+
+constexpr int kStages = 2;  // in the ring: K of the next tile arrives under this tile's V, and V under K
+
+// grid (num_kv_heads, sequences from first_seq on, tiles that the longest query has), kNumWarps * 32 threads
+template <typename scalar_t,  // __half or __nv_bfloat16: q, cache, out
+          int kHeadDim,       // dimensions of a head
+          int kNumWarps,      // warps a thread block
+          int kRowTiles,      // 16-row query tiles a warp: each serves once more what was read of K and V
+          int kKeys>          // keys a tile
+__global__ void __launch_bounds__(kNumWarps * kWarpSize)
+paged_prefill(scalar_t* __restrict__ out,                // [num_tokens, num_heads, kHeadDim]
+              const scalar_t* __restrict__ qkv,          // [num_tokens, num_heads + 2 * num_kv_heads, kHeadDim]; q read
+              const int* __restrict__ block_tables,      // [num_seqs, max_blocks]
+              const int* __restrict__ seq_lens,          // [num_seqs]
+              const int* __restrict__ query_start_loc,   // [num_seqs + 1]
+              PagedKV kv, int num_heads, int max_blocks, int block_shift, int first_seq, int window,
+              float scale) {  // sm_scale * log2(e)
+  constexpr int kNumThreads = kNumWarps * kWarpSize;
+  constexpr int kWarpRows = 16 * kRowTiles, kRows = kNumWarps * kWarpRows;
+  using Layout = TileLayout<kHeadDim>;
+  using Stream = KVStream<scalar_t, kHeadDim, kKeys, kStages, kNumThreads>;
+  static_assert((kStages * kKeys + kRows) * kHeadDim * (int)sizeof(scalar_t) <= kMaxSharedBytes,
+                "the ring and the query tile must fit the shared memory that every GPU has: take smaller tiles");
+
+  const int kv_head = blockIdx.x, seq = first_seq + blockIdx.y;
+  const int group = num_heads / kv.num_kv_heads;
+  const int query_start = query_start_loc[seq];
+  const int query_len = query_start_loc[seq + 1] - query_start;
+  const int num_rows = query_len * group;
+  const int first_row = (gridDim.z - 1 - blockIdx.z) * kRows;
+  if (first_row >= num_rows) return;  // the whole thread block
+
+  // Row r attends to keys below ends(r), its token's position + 1.
+  const int context_len = seq_lens[seq] - query_len;
+  const auto end_of = [&](int row) { return context_len + min(row, num_rows - 1) / group + 1; };
+  const int last_end = end_of(first_row + kRows - 1);
+
+  DYNAMIC_SHARED(shared);
+  scalar_t* ring = reinterpret_cast<scalar_t*>(shared);   // [kStages, kKeys, kHeadDim]
+  scalar_t* q_tile = ring + kStages * Stream::kTileSize;  // [kRows, kHeadDim]; in the end the results
+
+  for (int i = threadIdx.x; i < kRows * Layout::kChunks; i += kNumThreads) {
+    const int row = i / Layout::kChunks, chunk = i % Layout::kChunks;
+    const int source = min(first_row + row, num_rows - 1);
+    const long long token = query_start + source / group;
+    const int head = kv_head * group + source % group;
+    cp_async_16(q_tile + Layout::offset(row, chunk),
+                qkv + (token * (num_heads + 2 * kv.num_kv_heads) + head) * kHeadDim + chunk * 8,
+                source == first_row + row);
+  }
+  Stream stream(ring, kv, block_tables + (long long)seq * max_blocks, block_shift, kv_head,
+                max(0, end_of(first_row) - window), last_end);
+  stream.prefetch();
+
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp_row = threadIdx.x / kWarpSize * kWarpRows;  // the warp's first row in the tile
+  const int warp_first_end = end_of(first_row + warp_row), warp_last_end = end_of(first_row + warp_row + kWarpRows - 1);
+  WarpAttention<scalar_t, kHeadDim, kRowTiles, kKeys> attention;
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      attention.end[r][half] = end_of(first_row + warp_row + 16 * r + 8 * half + lane / 4);
+
+  for (int tile = 0; tile < stream.num_tiles(); ++tile) {
+    const int first_key = stream.first_key() + tile * kKeys;
+    // Does any row of the warp see a key of the tile, and do all rows see all of them?
+    const bool seen = first_key < warp_last_end && first_key + kKeys > warp_first_end - window;
+    const bool whole = first_key + kKeys <= warp_first_end && first_key >= warp_last_end - window;
+    const scalar_t* k_tile = stream.next();
+    if (seen) {
+      attention.score(q_tile, warp_row, k_tile, 0);
+      if (!whole) attention.mask(first_key, window);
+      attention.softmax(scale);
+    }
+    const scalar_t* v_tile = stream.next();
+    if (seen) attention.weigh(v_tile, 0);
+  }
+  attention.finish();
+
+  // Each warp puts its rows where its queries were, and from there in 16-byte stores into out.
+  cp_async_wait_group<0>();
+  __syncthreads();  // the queries have arrived even where there was no key to wait for
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float factor = attention.state[r][half].inverse_sum();
+      const int row = warp_row + 16 * r + 8 * half + lane / 4;
+#pragma unroll
+      for (int j = 0; j < kHeadDim / 8; ++j)
+        *reinterpret_cast<unsigned*>(q_tile + Layout::offset(row, j) + lane % 4 * 2) = pack_pair<scalar_t>(
+            attention.out[r][j][2 * half] * factor, attention.out[r][j][2 * half + 1] * factor);
+    }
+  __syncwarp();
+  for (int i = lane; i < kWarpRows * Layout::kChunks; i += kWarpSize) {
+    const int row = warp_row + i / Layout::kChunks, chunk = i % Layout::kChunks;
+    const int source = first_row + row;
+    if (source < num_rows) {
+      const long long token = query_start + source / group;
+      const int head = kv_head * group + source % group;
+      store_vec(out + (token * num_heads + head) * kHeadDim + chunk * 8,
+                load_vec(q_tile + Layout::offset(row, chunk)));
+    }
+  }
+}

@@ -1,0 +1,91 @@
+"""Causal attention of many query tokens a sequence over the paged cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from cupaged.kernels.checks import C_TYPE, HALF_TYPES, ceil_div, check, check_that
+from cupaged.kernels.compile import load_kernel
+from cupaged.kernels.paged_attention import MAX_GRID_YZ, check_attention, kernel_window, softmax_scale
+from cupaged.kernels.paged_kv import paged_kv
+
+NUM_WARPS = 4
+NUM_STAGES = 2  # kStages in paged_prefill.cu
+
+# head_dim -> (16-row query tiles a warp, keys a tile): what 255 registers a thread and 99 KB of shared memory hold.
+TILES = {64: (2, 64), 80: (2, 64), 96: (2, 64), 128: (2, 64), 256: (1, 64)}
+
+
+def kernel_name(dtype: np.dtype, head_dim: int) -> tuple[str, str]:
+    row_tiles, num_keys = TILES[head_dim]
+    name = f"paged_prefill<{C_TYPE[dtype]}, {head_dim}, {NUM_WARPS}, {row_tiles}, {num_keys}>"
+    return "paged_prefill.cu", name
+
+
+def instantiations() -> Iterator[tuple[str, str]]:
+    """(file, name) of every kernel that this module launches."""
+    for dtype in HALF_TYPES:
+        for head_dim in TILES:
+            yield kernel_name(dtype, head_dim)
+
+
+def paged_prefill(
+    out,
+    qkv,
+    arena,
+    layer: int,
+    block_tables,
+    seq_lens,
+    query_start_loc,
+    *,
+    num_heads: int,
+    num_decodes: int,
+    max_query_len: int,
+    sm_scale: float,
+    window: int = 0,
+) -> None:
+    """`Backend.paged_attention` for the sequences after the first num_decodes.
+
+    out [num_tokens, num_heads * head_dim] and qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], bfloat16 or
+    float16 like the cache; arena: the cache (`KVArena`), of which `layer` is read; block_tables [num_seqs, max_blocks]
+    int32; seq_lens [num_seqs] and query_start_loc [num_seqs + 1] int32 as in `Batch`, no query after the decodes longer
+    than max_query_len. Rows of out that belong to the decodes are left alone.
+
+    Raises ValueError on arrays, sizes or a head_dim that don't fit.
+    """
+    layout = arena.layout
+    check_attention(out, qkv, arena, layer, block_tables, seq_lens, num_heads, TILES)
+    scale, window = softmax_scale(sm_scale), kernel_window(window)
+    num_seqs = seq_lens.shape[0]
+    check("query_start_loc", query_start_loc, (num_seqs + 1,), np.int32)
+    check_that(0 <= num_decodes <= num_seqs, f"num_decodes: expected 0 to {num_seqs}; got {num_decodes}")
+    check_that(
+        num_seqs - num_decodes <= MAX_GRID_YZ,
+        f"seq_lens: at most {MAX_GRID_YZ} sequences in one launch; got {num_seqs - num_decodes}",
+    )
+    row_tiles, num_keys = TILES[layout.head_dim]
+    num_rows = NUM_WARPS * row_tiles * 16
+    num_tiles = ceil_div(max_query_len * (num_heads // layout.num_kv_heads), num_rows)
+    most = MAX_GRID_YZ * num_rows * layout.num_kv_heads // num_heads
+    check_that(0 <= max_query_len <= most, f"max_query_len: expected 0 to {most}; got {max_query_len}")
+    if num_seqs == num_decodes or num_tiles == 0:
+        return
+    args = (
+        out,
+        qkv,
+        block_tables,
+        seq_lens,
+        query_start_loc,
+        paged_kv(arena, layer),
+        np.int32(num_heads),
+        np.int32(block_tables.shape[1]),
+        np.int32(layout.block_size.bit_length() - 1),
+        np.int32(num_decodes),
+        np.int32(window),
+        np.float32(scale),
+    )
+    grid = (layout.num_kv_heads, num_seqs - num_decodes, num_tiles)
+    shared_mem = (NUM_STAGES * num_keys + num_rows) * layout.head_dim * qkv.dtype.itemsize
+    load_kernel(*kernel_name(qkv.dtype, layout.head_dim))(grid, (32 * NUM_WARPS,), args, shared_mem=shared_mem)
