@@ -1,0 +1,334 @@
+"""The compiler, the cache and the registry. NVRTC runs without a GPU; nothing here is launched on one."""
+
+import importlib
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cupaged.errors import CupagedError, DeviceError
+from cupaged.kernels import compile as compiler
+from cupaged.kernels.device import DeviceInfo, choose_arch, device_info, set_device_info
+from cupaged.kernels.kernel_cache import KernelCache, default_folder
+from cupaged.kernels.registry import instantiations
+
+ARCHS = ("sm_80", "sm_90a", "sm_120")
+SOURCES = sorted(path.name for path in compiler.SOURCE_DIR.glob("*.cu"))
+
+KERNEL = """
+#include "outer.cuh"
+template <int kFactor>
+__global__ void scale(float* x) { x[threadIdx.x] *= kFactor * kOuter; }
+"""
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """A source folder of its own: scale.cu -> outer.cuh -> inner.cuh; and a cache of its own."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "scale.cu").write_text(KERNEL)
+    (folder / "outer.cuh").write_text('#if 1\n#  include "inner.cuh"\n#endif\nconstexpr float kOuter = kInner;\n')
+    (folder / "inner.cuh").write_text("#include <cuda_fp16.h>\nconstexpr float kInner = 2.f;\n")
+    include_dirs = (folder, compiler._include_dirs()[1])
+    monkeypatch.setattr(compiler, "SOURCE_DIR", folder)
+    monkeypatch.setattr(compiler, "_include_dirs", lambda: include_dirs)
+    cache = KernelCache(tmp_path / "cache")
+    monkeypatch.setattr(compiler, "_kernel_cache", lambda: cache)
+    return folder
+
+
+# -- every shipped instantiation -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def programs(request):
+    """(file, arch) -> future of compile_program, for the selected cases below: all cores compile, the tests wait."""
+    names = {file: [name for source, name in instantiations() if source == file] for file in SOURCES}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        cases = [item.callspec.params for item in request.session.items if "programs" in item.fixturenames]
+        yield {
+            (case["file"], case["arch"]): pool.submit(
+                compiler.compile_program, case["file"], names[case["file"]], case["arch"]
+            )
+            for case in cases
+        }
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("file", SOURCES)
+def test_every_instantiation_compiles(file, arch, programs):
+    names = [name for source, name in instantiations() if source == file]
+    image, symbols = programs[file, arch].result()
+    assert names
+    assert image.startswith(b"\x7fELF")
+    assert len(set(symbols.values())) == len(names)
+    assert all(symbol.encode() in image for symbol in symbols.values())
+
+
+def test_the_registry_names_each_source_and_nothing_twice():
+    pairs = list(instantiations())
+    assert {file for file, _ in pairs} == set(SOURCES)
+    assert len(set(pairs)) == len(pairs)
+
+
+def test_launchers_import_without_cupy():
+    stems = [Path(file).stem for file in SOURCES]
+    code = f"import sys, importlib\nfor s in {stems}: importlib.import_module('cupaged.kernels.' + s)\n"
+    code += "assert not {'cupy', 'cupy_backends'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -- compiling -----------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_kernel_is_taken_from_the_cache(sources, monkeypatch):
+    path, symbol = compiler.compile_kernel("scale.cu", "scale<3>", "sm_80")
+    assert path.read_bytes().startswith(b"\x7fELF")
+    assert symbol.encode() in path.read_bytes()
+    monkeypatch.setattr(compiler, "compile_program", lambda *_: pytest.fail("compiled again"))
+    assert compiler.compile_kernel("scale.cu", "scale<3>", "sm_80") == (path, symbol)
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b""])
+@pytest.mark.parametrize("suffix", ["", ".symbol"])
+def test_a_damaged_entry_is_compiled_again(sources, suffix, damage):
+    path, symbol = compiler.compile_kernel("scale.cu", "scale<3>", "sm_80")
+    whole = path.read_bytes()
+    damaged = path.with_name(path.name + suffix)
+    damaged.write_bytes(damage(damaged.read_bytes()))
+    assert compiler.compile_kernel("scale.cu", "scale<3>", "sm_80") == (path, symbol)
+    assert path.read_bytes() == whole
+
+
+def test_an_architecture_without_cubins_gets_ptx(sources):
+    image, symbols = compiler.compile_program("scale.cu", ["scale<3>"], "compute_80")
+    assert b".target sm_80" in image
+    assert symbols["scale<3>"].encode() in image
+
+
+def test_subnormals_are_kept(sources):
+    """No -ftz: PTX says .ftz on each instruction that flushes."""
+    image, _ = compiler.compile_program("scale.cu", ["scale<3>"], "compute_80")
+    assert b"mul.f32" in image
+    assert b".ftz" not in image
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "complaint"),
+    [
+        (KERNEL.replace("kFactor *", "undeclared *"), "scale<3>", r'scale.cu\(4\): error: .*"undeclared"'),
+        (KERNEL, "scale<'oops", "error"),
+        (KERNEL, "no_such_kernel<3>", r'error: .*"no_such_kernel"'),
+        (KERNEL.replace("outer", "missing"), "scale<3>", "missing.cuh"),
+    ],
+)
+def test_a_compile_error_names_file_kernel_and_line(sources, source, name, complaint):
+    (sources / "scale.cu").write_text(source)
+    with pytest.raises(CupagedError, match=complaint) as raised:
+        compiler.compile_kernel("scale.cu", name, "sm_80")
+    message = str(raised.value)
+    assert message.startswith(f"scale.cu: {name} for sm_80: ")
+    assert "\n" not in message
+
+
+def test_kernels_compile_in_parallel_into_the_cache(sources, monkeypatch):
+    kernels = [("scale.cu", f"scale<{factor}>") for factor in range(4)]
+    compiler.compile_kernels(kernels, "sm_80", num_threads=2)
+    monkeypatch.setattr(compiler, "compile_program", lambda *_: pytest.fail("compiled again"))
+    paths = {compiler.compile_kernel(file, name, "sm_80")[0] for file, name in kernels}
+    assert len(paths) == 4
+
+
+def test_an_error_in_a_parallel_compile_is_raised(sources):
+    with pytest.raises(CupagedError, match="no_such_kernel"):
+        compiler.compile_kernels([("scale.cu", "scale<1>"), ("scale.cu", "no_such_kernel<1>")], "sm_80")
+
+
+# -- the cache's key -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edited", ["scale.cu", "outer.cuh", "inner.cuh"])
+def test_an_edit_anywhere_below_the_source_changes_the_key(sources, edited):
+    before = compiler.cache_key("scale.cu", "scale<3>", "sm_80")
+    (sources / edited).write_text((sources / edited).read_text() + "// edited\n")
+    assert compiler.cache_key("scale.cu", "scale<3>", "sm_80") != before
+
+
+def test_a_file_that_is_not_included_leaves_the_key(sources):
+    before = compiler.cache_key("scale.cu", "scale<3>", "sm_80")
+    (sources / "unrelated.cuh").write_text("int x;\n")
+    assert compiler.cache_key("scale.cu", "scale<3>", "sm_80") == before
+
+
+def test_cuda_headers_options_compiler_name_and_architecture_are_in_the_key(sources, tmp_path, monkeypatch):
+    keys = {compiler.cache_key("scale.cu", "scale<3>", "sm_80")}
+    keys.add(compiler.cache_key("scale.cu", "scale<4>", "sm_80"))
+    keys.add(compiler.cache_key("scale.cu", "scale<3>", "sm_90a"))
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "FLAGS", (*compiler.FLAGS, "-ftz=true"))
+        keys.add(compiler.cache_key("scale.cu", "scale<3>", "sm_80"))
+    with monkeypatch.context() as patch:
+
+        class OtherNvrtc:
+            def getVersion(self):
+                return 99, 9
+
+        patch.setattr(compiler, "_nvrtc", OtherNvrtc)
+        keys.add(compiler.cache_key("scale.cu", "scale<3>", "sm_80"))
+    with monkeypatch.context() as patch:
+        (tmp_path / "cuda_fp16.h").write_text("// other CUDA headers\n")
+        patch.setattr(compiler, "_include_dirs", lambda: (sources, tmp_path))
+        keys.add(compiler.cache_key("scale.cu", "scale<3>", "sm_80"))
+    assert len(keys) == 6
+
+
+# -- the cache on disk ---------------------------------------------------------------------------------------
+
+
+def test_a_write_that_breaks_off_leaves_no_entry_and_no_litter(tmp_path, monkeypatch):
+    cache = KernelCache(tmp_path)
+
+    def interrupted(source, destination):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cupaged.kernels.kernel_cache.os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.store("key", b"image", "symbol")
+    assert cache.find("key") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_readers_never_see_half_an_entry(tmp_path):
+    """Two writers with different images for one key: a reader finds nothing or a matching pair."""
+    images = {"first": b"1" * 100_000, "second": b"2" * 200_000}
+    cache = KernelCache(tmp_path)
+    stop = threading.Event()
+
+    def write(symbol):
+        while not stop.is_set():
+            cache.store("key", images[symbol], symbol)
+
+    writers = [threading.Thread(target=write, args=(symbol,)) for symbol in images]
+    for writer in writers:
+        writer.start()
+    found = [KernelCache(tmp_path).find("key") for _ in range(300)]
+    stop.set()
+    for writer in writers:
+        writer.join()
+    assert {symbol for entry in found if entry for symbol in entry[1:]} <= set(images)
+    assert any(found)
+    cache.store("key", images["first"], "first")
+    assert cache.find("key") == (tmp_path / "key", "first")
+
+
+def test_a_folder_that_cannot_be_written_is_replaced_for_the_process(tmp_path, caplog):
+    (tmp_path / "occupied").write_text("a file where the folder should be")
+    cache = KernelCache(tmp_path / "occupied" / "kernels")
+    path, symbol = cache.store("key", b"image", "symbol")
+    assert path.read_bytes() == b"image"
+    assert cache.find("key") == (path, symbol)
+    cache.store("other", b"image", "symbol")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]  # once
+    assert "CUPAGED_HOME" in caplog.text
+    del cache
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [
+        ({"CUPAGED_HOME": "/c", "XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/c/kernels"),
+        ({"XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/x/cupaged/kernels"),
+        ({"HOME": "/h"}, "/h/.cache/cupaged/kernels"),
+    ],
+)
+def test_where_the_cache_lies(environment, folder, monkeypatch):
+    for name in ("CUPAGED_HOME", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert default_folder() == Path(folder)
+
+
+# -- loading -------------------------------------------------------------------------------------------------
+
+
+def test_set_loader_replaces_the_loader():
+    loaded = []
+    launched = []
+
+    def load(file, name):
+        loaded.append((file, name))
+        return lambda grid, block, args, shared_mem=0: launched.append((grid, block, len(args)))
+
+    previous = compiler._load
+    compiler.set_loader(load)
+    try:
+        embedding = importlib.import_module("cupaged.kernels.embedding").embedding
+        embedding(np.empty((3, 8), np.float16), np.empty((5, 8), np.float16), np.zeros(3, np.int32))
+    finally:
+        compiler.set_loader(previous)
+    assert loaded == [("embedding.cu", "embedding<__half, 128>")]
+    assert launched == [((3,), (128,), 5)]
+
+
+def test_the_shared_memory_limit_follows_the_launches():
+    class RawKernel:
+        limits: tuple = ()
+        launches: tuple = ()
+
+        def __setattr__(self, name, value):
+            if name == "max_dynamic_shared_size_bytes":
+                self.limits += (value,)
+            else:
+                super().__setattr__(name, value)
+
+        def __call__(self, grid, block, args, shared_mem):
+            self.launches += ((grid, block, args, shared_mem),)
+
+    raw_kernel = RawKernel()
+    kernel = compiler.RawKernelLauncher(raw_kernel)
+    requests = [0, 48 << 10, 64 << 10, 50 << 10, 64 << 10, 100 << 10]
+    for shared_mem in requests:
+        kernel((1,), (32,), (), shared_mem=shared_mem)
+    assert raw_kernel.limits == (64 << 10, 100 << 10)
+    assert [launch[3] for launch in raw_kernel.launches] == requests
+
+
+# -- the device ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("compute_capability", "arch"),
+    [
+        (80, "sm_80"),
+        (86, "sm_86"),
+        (87, "sm_86"),  # unknown to this NVRTC: the nearest older one of the generation
+        (90, "sm_90a"),
+        (103, "sm_100"),
+        (120, "sm_120"),
+        (130, "compute_120"),
+    ],
+)
+def test_the_architecture_follows_the_device_and_nvrtc(compute_capability, arch):
+    assert choose_arch(compute_capability, (75, 80, 86, 89, 90, 100, 120)) == arch
+
+
+def test_a_device_that_is_too_old_is_named():
+    with pytest.raises(DeviceError, match=r"7\.5.*8\.0"):
+        choose_arch(75, (75, 80))
+
+
+def test_a_device_can_be_stood_in_for():
+    h100 = DeviceInfo(arch="sm_90a", num_sms=132, max_shared_bytes=232448)
+    set_device_info(h100)
+    try:
+        assert device_info() is h100
+    finally:
+        set_device_info(None)
