@@ -1,0 +1,284 @@
+"""The operations in NumPy float32: what runs where there is no GPU, and what the kernels are compared with.
+
+Matrix products go to the BLAS that NumPy brings. Prompts are computed whole arrays at a time: the only Python loops
+are over sequences and over tiles of queries.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from cupaged.backends import sampling_reference
+from cupaged.engine.batch import Batch
+from cupaged.errors import OutOfMemoryError
+from cupaged.memory.arena import KVArena, KVLayout
+
+# Up to this many rows a matrix product is done row by row: BLAS's gemv streams the weights at the memory's speed,
+# its gemm first copies them into panels. Measured on two Zen 4 cores: 2 rows 0.38 ms against 0.75 ms (3072 x 576).
+MAX_GEMV_ROWS = 4
+
+# Elements of one tile's score matrix [num_heads, queries, keys]: 4 MB, so that it stays in the cache between the
+# product, the softmax and the second product, and memory doesn't grow with the square of the prompt.
+TILE_SCORES = 1 << 20
+
+
+class ReferenceBackend:
+    """Backend over numpy.ndarray; see cupaged.backends.base for what each operation computes."""
+
+    name = "cpu"
+    dtype = np.dtype(np.float32)
+
+    def __init__(self):
+        self.description = f"{_cpu_model()} ({_num_cpus()} cores)"
+        self._uploaded: Batch | None = None
+        self._spans: dict[int, list[_Span]] = {}  # window -> the spans of the uploaded batch
+
+    # -- memory --------------------------------------------------------------------------------------------
+
+    def empty(self, shape: tuple[int, ...], dtype) -> np.ndarray:
+        wanted = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
+        free, _ = self.memory_info()
+        if wanted <= free:
+            try:
+                return np.empty(shape, dtype)
+            except MemoryError:
+                pass
+        raise OutOfMemoryError(
+            f"wanted {wanted / 1e9:.2f} GB for an array {tuple(shape)}, {free / 1e9:.2f} GB are free: lower "
+            "max_model_len, max_num_batched_tokens or kv_cache_memory_bytes, or take a smaller model"
+        )
+
+    def copy_in(self, dst: np.ndarray, src: np.ndarray) -> None:
+        if dst.shape != src.shape:
+            raise ValueError(f"src: expected shape {dst.shape}; got {src.shape}")
+        np.copyto(dst, src, casting="unsafe")
+
+    def to_host(self, src: np.ndarray) -> np.ndarray:
+        return src.copy()
+
+    def address(self, array: np.ndarray) -> int:
+        return array.ctypes.data
+
+    def memory_info(self) -> tuple[int, int]:
+        return _memory_info()
+
+    def reserve(self, config, max_num_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
+        pass  # NumPy's temporaries come from the heap, and nothing is compiled
+
+    def upload_batch(self, batch: Batch) -> Batch:
+        self._uploaded = Batch(
+            *(np.array(getattr(batch, name), np.int32) for name in _BATCH_ARRAYS),
+            batch.num_decodes, batch.max_query_len, batch.max_seq_len,
+        )  # fmt: skip
+        self._spans = {}
+        return self._uploaded
+
+    def close(self) -> None:
+        self._uploaded, self._spans = None, {}
+
+    # -- the forward pass ----------------------------------------------------------------------------------
+
+    def embedding(self, out, weight, ids) -> None:
+        out[...] = weight[ids]
+
+    def rms_norm(self, out, x, weight, eps: float) -> None:
+        np.square(x, out=out)
+        np.multiply(x, _inverse_rms(out, eps), out=out)
+        out *= weight
+
+    def add_rms_norm(self, out, residual, x, weight, eps: float) -> None:
+        residual += x
+        self.rms_norm(out, residual, weight, eps)
+
+    def linear(self, out, x, weight, bias=None) -> None:
+        if x.shape[0] <= MAX_GEMV_ROWS:
+            np.matmul(x[:, None], weight.T, out=out[:, None])  # a stack of vector-matrix products
+        else:
+            np.matmul(x, weight.T, out=out)
+        if bias is not None:
+            out += bias
+
+    def rope_and_store_kv(
+        self, qkv, arena: KVArena, layer: int, positions, slot_mapping, cos_sin, num_heads: int,
+        q_norm=None, k_norm=None, eps: float = 0.0,
+    ) -> None:  # fmt: skip
+        layout = arena.layout
+        num_kv_heads, head_dim = layout.num_kv_heads, layout.head_dim
+        n = qkv.shape[0]
+        heads = qkv.reshape(n, num_heads + 2 * num_kv_heads, head_dim)
+        q, k = heads[:, :num_heads], heads[:, num_heads : num_heads + num_kv_heads]
+        for part, weight in ((q, q_norm), (k, k_norm)):
+            if weight is not None:
+                self.rms_norm(part, part.copy(), weight, eps)
+
+        half = cos_sin.shape[1] // 2
+        table = cos_sin[positions, None]
+        cos, sin = table[..., :half], table[..., half:]
+        qk = heads[:, : num_heads + num_kv_heads]
+        first, second = qk[..., :half], qk[..., half : 2 * half]
+        turned = first * sin + second * cos
+        first[...] = first * cos - second * sin
+        second[...] = turned
+
+        kv = heads[:, num_heads:].reshape(n, 2, num_kv_heads, head_dim)
+        block, offset = np.divmod(slot_mapping, layout.block_size)
+        slab_of, index = block >> layout.slab_shift, block & (layout.blocks_per_slab - 1)
+        for slab in set(slab_of.tolist()) - {-1}:  # slot -1 lies in block -1, in slab -1
+            here = slab_of == slab
+            arena.slabs[slab][layer][:, index[here], :, offset[here]] = kv[here]
+
+    def paged_attention(
+        self, out, qkv, arena: KVArena, layer: int, batch: Batch, num_heads: int, sm_scale: float, window: int = 0
+    ) -> None:
+        n, head_dim = qkv.shape[0], arena.layout.head_dim
+        q = qkv.reshape(n, -1, head_dim)[:, :num_heads]
+        out = out.reshape(n, num_heads, head_dim)
+        for span in self._spans_of(batch, arena.layout, window):
+            if span.seq_len == 0:
+                out[span.first : span.last] = 0
+                continue
+            keys, values = span.gather(arena, layer, 0), span.gather(arena, layer, 1)
+            tile = max(1, TILE_SCORES // (num_heads * keys.shape[1]))
+            for first in range(span.first, span.last, tile):
+                last = min(first + tile, span.last)
+                position = span.seq_len - span.last + first  # of the tile's first query
+                begin = max(0, position - window + 1) if window else 0  # the first key that one of its queries sees
+                end = position + last - first
+                seen = slice(begin - span.first_key, end - span.first_key)
+                hidden_to_first = position - window - begin if window else None
+                _attend(out[first:last], q[first:last] * sm_scale, keys[:, seen], values[:, seen], hidden_to_first)
+
+    @np.errstate(over="ignore")  # exp(-gate) = inf is silu = 0
+    def silu_and_mul(self, out, gate_up) -> None:
+        gate, up = np.split(gate_up, 2, axis=-1)
+        np.negative(gate, out=out)
+        np.exp(out, out=out)
+        out += 1
+        np.divide(gate, out, out=out)
+        out *= up
+
+    # -- sampling ------------------------------------------------------------------------------------------
+
+    def sample(self, token_ids, logits, rows, vocab_size: int) -> None:
+        sampling_reference.sample(token_ids, logits, rows, vocab_size)
+
+    def logprobs(self, top_ids, top_logprobs, ranks, logits, token_ids, vocab_size: int) -> None:
+        sampling_reference.logprobs(top_ids, top_logprobs, ranks, logits, token_ids, vocab_size)
+
+    def _spans_of(self, batch: Batch, layout: KVLayout, window: int) -> list[_Span]:
+        """The batch's spans; those of the uploaded batch are kept for its other layers."""
+        if batch is not self._uploaded:
+            return _spans(batch, layout, window)
+        if window not in self._spans:
+            self._spans[window] = _spans(batch, layout, window)
+        return self._spans[window]
+
+
+_BATCH_ARRAYS = (
+    "token_ids", "positions", "slot_mapping", "query_start_loc", "seq_lens", "block_tables", "logits_indices",
+)  # fmt: skip
+
+
+@dataclass
+class _Span:
+    """One sequence's part of a step: its query rows and where its keys and values lie."""
+
+    first: int  # its query tokens are rows first .. last - 1 of the step
+    last: int
+    seq_len: int
+    first_key: int  # position of the first key of its first block; with a window, blocks before it are not read
+    num_blocks: int
+    pieces: list[tuple[int, np.ndarray | slice, np.ndarray]]  # slab, which of the blocks, [num_kv_heads, blocks] rows
+
+    def gather(self, arena: KVArena, layer: int, part: int) -> np.ndarray:
+        """K (part 0) or V (part 1), [num_kv_heads, seq_len - first_key, head_dim]: a copy, a head's tokens in a run."""
+        layout = arena.layout
+        shape = (layout.num_kv_heads, self.num_blocks, layout.block_size * layout.head_dim)
+        runs = [arena.slabs[slab][layer, part].reshape(-1, shape[2]) for slab, _, _ in self.pieces]
+        if len(runs) == 1:
+            gathered = runs[0].take(self.pieces[0][2], axis=0)
+        else:
+            gathered = np.empty(shape, layout.dtype)
+            for run, (_, which, rows) in zip(runs, self.pieces, strict=True):
+                gathered[:, which] = run.take(rows, axis=0)
+        return gathered.reshape(shape[0], -1, layout.head_dim)[:, : self.seq_len - self.first_key]
+
+
+def _spans(batch: Batch, layout: KVLayout, window: int) -> list[_Span]:
+    spans = []
+    starts, seq_lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
+    heads = np.arange(layout.num_kv_heads)[:, None]
+    for i, seq_len in enumerate(seq_lens):
+        first, last = starts[i], starts[i + 1]
+        first_position = seq_len - (last - first)
+        first_block = max(0, first_position - window + 1) // layout.block_size if window else 0
+        blocks = batch.block_tables[i, first_block : -(-seq_len // layout.block_size)]
+        slabs, index = blocks >> layout.slab_shift, blocks & (layout.blocks_per_slab - 1)
+        rows = index * layout.num_kv_heads + heads  # a slab's part of a layer is [blocks * num_kv_heads] runs
+        pieces = [
+            (slab, which, rows[:, which]) for slab in np.unique(slabs) for which in [np.flatnonzero(slabs == slab)]
+        ]
+        spans.append(_Span(first, last, seq_len, first_block * layout.block_size, len(blocks), pieces))
+    return spans
+
+
+def _attend(out, q, keys, values, hidden_to_first: int | None) -> None:
+    """Softmax attention of consecutive queries, of which the last sees the last key.
+
+    out, q [queries, num_heads, head_dim], q scaled; keys, values [num_kv_heads, num_keys, head_dim]. Query j sees
+    the keys up to num_keys - queries + j; with a window, not those up to hidden_to_first + j either.
+    """
+    num_queries, num_heads, head_dim = q.shape
+    num_kv_heads, num_keys, _ = keys.shape
+    group = num_heads // num_kv_heads
+    grouped = q.reshape(num_queries, num_kv_heads, group, head_dim).transpose(1, 2, 0, 3)
+    # One product of a matrix for the whole group; for one query, of vectors (gemv, as in linear).
+    rows = grouped if num_queries == 1 else grouped.reshape(num_kv_heads, 1, group * num_queries, head_dim)
+    scores = np.matmul(rows, keys[:, None].swapaxes(2, 3))
+
+    if num_queries > 1:
+        by_query = scores.reshape(num_kv_heads, group, num_queries, num_keys)
+        later = ~np.tri(num_queries, dtype=bool)  # among the last keys, those of the tile itself
+        np.copyto(by_query[..., num_keys - num_queries :], -np.inf, where=later)
+        if hidden_to_first is not None and hidden_to_first + num_queries > 0:
+            too_old = np.tri(num_queries, hidden_to_first + num_queries, hidden_to_first, dtype=bool)
+            np.copyto(by_query[..., : too_old.shape[1]], -np.inf, where=too_old)
+
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    attended = np.matmul(scores, values[:, None])
+    attended /= scores.sum(axis=-1, keepdims=True)
+    attended = attended.reshape(num_kv_heads, group, num_queries, head_dim).transpose(2, 0, 1, 3)
+    out[...] = attended.reshape(num_queries, num_heads, head_dim)
+
+
+def _inverse_rms(squares: np.ndarray, eps: float) -> np.ndarray:
+    """1 / sqrt(mean + eps) along the last axis, which stays with size 1."""
+    mean = np.add.reduce(squares, axis=-1, keepdims=True) / np.float32(squares.shape[-1])
+    return 1 / np.sqrt(mean + np.float32(eps))
+
+
+def _memory_info() -> tuple[int, int]:
+    """(available, total) bytes of the machine's memory."""
+    try:
+        with open("/proc/meminfo") as lines:
+            kilobytes = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
+        return kilobytes["MemAvailable"] * 1024, kilobytes["MemTotal"] * 1024
+    except (OSError, KeyError):
+        page = os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    except OSError:
+        return "CPU"
+
+
+def _num_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,119 @@
+"""The decoder-only transformer, written once in the backend's operations.
+
+Families (Llama, Mistral, Qwen2, Qwen3) differ in what ModelConfig and the weights hold, not in code.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cupaged.backends.base import Array, Backend
+from cupaged.config import ModelConfig
+from cupaged.engine.batch import Batch
+from cupaged.memory.arena import KVArena
+from cupaged.models.parameters import DecoderWeights, LayerWeights
+from cupaged.models.rope import cos_sin_table
+
+
+class Decoder:
+    """A model's weights and the buffers its steps reuse.
+
+    max_num_tokens: the most tokens a step may hold; max_num_logits: of those, the most whose logits are wanted;
+    max_model_len: positions run from 0 to max_model_len - 1.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        backend: Backend,
+        *,
+        max_num_tokens: int,
+        max_num_logits: int,
+        max_model_len: int,
+    ):
+        self.config = config
+        self.weights = weights
+        self.backend = backend
+
+        table = cos_sin_table(config.rope, config.head_dim, max_model_len)
+        self.cos_sin = backend.empty(table.shape, np.float32)
+        backend.copy_in(self.cos_sin, table)
+
+        def tokens_by(width: int) -> Array:
+            return backend.empty((max_num_tokens, width), backend.dtype)
+
+        def logit_rows_by(width: int, dtype=backend.dtype) -> Array:
+            return backend.empty((max_num_logits, width), dtype)
+
+        self._residual = tokens_by(config.hidden_size)  # the sum of the embedding and of all deltas so far
+        self._delta = tokens_by(config.hidden_size)  # what attention or the MLP adds to it
+        self._x = tokens_by(config.hidden_size)  # its norm, which they read
+        self._qkv = tokens_by(config.qkv_size)
+        self._attended = tokens_by(config.num_heads * config.head_dim)
+        self._gate_up = tokens_by(2 * config.intermediate_size)
+        self._activated = tokens_by(config.intermediate_size)
+
+        self._last_residual = logit_rows_by(config.hidden_size)
+        self._last_delta = logit_rows_by(config.hidden_size)
+        self._last_x = logit_rows_by(config.hidden_size)
+        self._logits = logit_rows_by(config.vocab_size, np.float32)
+
+    def forward(self, batch: Batch, arena: KVArena) -> Array:
+        """Run `batch` (from Backend.upload_batch): its keys and values go into the arena.
+
+        Returns the logits [num_logits, vocab_size] float32 of the tokens in batch.logits_indices, a view of a buffer
+        that the next call overwrites. Allocates nothing, waits for nothing and reads nothing back. Raises ValueError
+        for a batch that is larger than the buffers.
+        """
+        ops, eps, weights = self.backend, self.config.rms_norm_eps, self.weights
+        n, m = batch.num_tokens, batch.logits_indices.shape[0]
+        self._check_fits("tokens", n, "max_num_tokens", self._x)
+        self._check_fits("logits", m, "max_num_logits", self._logits)
+        residual, delta, x = self._residual[:n], self._delta[:n], self._x[:n]
+
+        ops.embedding(residual, weights.embed_tokens, batch.token_ids)
+        for index, layer in enumerate(weights.layers):
+            if index == 0:
+                ops.rms_norm(x, residual, layer.input_norm, eps)
+            else:
+                ops.add_rms_norm(x, residual, delta, layer.input_norm, eps)
+            self._attention(delta, x, layer, index, batch, arena)
+            ops.add_rms_norm(x, residual, delta, layer.post_attention_norm, eps)
+            self._mlp(delta, x, layer)
+
+        # Only the rows whose logits are wanted go on.
+        residual, delta, x = self._last_residual[:m], self._last_delta[:m], self._last_x[:m]
+        ops.embedding(residual, self._residual[:n], batch.logits_indices)
+        ops.embedding(delta, self._delta[:n], batch.logits_indices)
+        ops.add_rms_norm(x, residual, delta, weights.norm, eps)
+        logits = self._logits[:m]
+        ops.linear(logits, x, weights.lm_head)
+        return logits
+
+    def _attention(self, out: Array, x: Array, layer: LayerWeights, index: int, batch: Batch, arena: KVArena) -> None:
+        """out = o_proj(attention(rope(q_proj(x)), rope(k_proj(x)), v_proj(x)))"""
+        ops, config, n = self.backend, self.config, x.shape[0]
+        qkv, attended = self._qkv[:n], self._attended[:n]
+        ops.linear(qkv, x, layer.qkv, layer.qkv_bias)
+        ops.rope_and_store_kv(
+            qkv, arena, index, batch.positions, batch.slot_mapping, self.cos_sin, config.num_heads,
+            layer.q_norm, layer.k_norm, config.rms_norm_eps,
+        )  # fmt: skip
+        ops.paged_attention(
+            attended, qkv, arena, index, batch, config.num_heads, config.sm_scale, config.sliding_window or 0
+        )
+        ops.linear(out, attended, layer.o)
+
+    def _mlp(self, out: Array, x: Array, layer: LayerWeights) -> None:
+        """out = down_proj(silu(gate_proj(x)) * up_proj(x))"""
+        ops, n = self.backend, x.shape[0]
+        gate_up, activated = self._gate_up[:n], self._activated[:n]
+        ops.linear(gate_up, x, layer.gate_up)
+        ops.silu_and_mul(activated, gate_up)
+        ops.linear(out, activated, layer.down)
+
+    @staticmethod
+    def _check_fits(what: str, count: int, limit: str, buffer: Array) -> None:
+        if count > buffer.shape[0]:
+            raise ValueError(f"batch: {count} {what} are more than {limit}={buffer.shape[0]}")
