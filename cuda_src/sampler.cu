@@ -190,7 +190,7 @@ struct Sampler {
 
 // grid (num_rows), block (kNumThreads)
 template <int kNumThreads>
-__global__ void __launch_bounds__(kNumThreads)
+__global__ void __launch_bounds__(kNumThreads, 1)
 sample(int* __restrict__ token_ids,            // [num_rows]
        const float* __restrict__ logits,       // [num_rows, row_size]
        const SamplingRow* __restrict__ rows,   // [num_rows]

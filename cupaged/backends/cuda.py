@@ -1,0 +1,320 @@
+"""The operations as launches of our kernels on an NVIDIA GPU. CuPy lends memory, copies and launches, no arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from cupaged.backends.base import Array
+from cupaged.config import ModelConfig
+from cupaged.engine.batch import Batch
+from cupaged.errors import DeviceError, OutOfMemoryError
+from cupaged.kernels import registry
+from cupaged.kernels.activation import silu_and_mul
+from cupaged.kernels.checks import BLOCK_SIZES, C_TYPE, HALF_TYPES, ceil_div, check_that
+from cupaged.kernels.compile import compile_kernels
+from cupaged.kernels.device import device_info
+from cupaged.kernels.embedding import embedding
+from cupaged.kernels.linear import linear
+from cupaged.kernels.linear_small import MAX_ROWS, linear_small
+from cupaged.kernels.logprobs import logprobs
+from cupaged.kernels.paged_decode import decode_workspace_size, paged_decode
+from cupaged.kernels.paged_prefill import paged_prefill
+from cupaged.kernels.rms_norm import add_rms_norm, rms_norm
+from cupaged.kernels.rope import rope_and_store_kv
+from cupaged.kernels.sampler import sample
+from cupaged.memory.arena import KVArena
+
+STAGING_BYTES = 8 << 20  # of each pinned buffer: one fills while the other is copied
+PART_ALIGNMENT = 16  # bytes; where the arrays of a batch begin in their common buffer, for vector loads
+
+BATCH_ARRAYS = [field.name for field in dataclasses.fields(Batch) if field.type == "Array"]
+CACHE_KERNELS = ("rope.cu", "paged_decode.cu", "paged_prefill.cu")  # head_dim is their second template argument
+
+
+# CUDA's own numbers, which CuPy doesn't name.
+ERROR_INSUFFICIENT_DRIVER = 35  # also when there is no driver at all
+ERROR_NO_DEVICE = 100
+
+
+class Probe(NamedTuple):
+    """What `probe` found."""
+
+    usable: bool
+    text: str  # the GPU's name and driver, or in a line why there is none
+
+
+def probe() -> Probe:
+    """Whether the current CUDA device can run the kernels. Prints nothing, raises nothing, takes no device memory
+    beyond the CUDA context."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # CuPy's remarks on CUDA libraries that nothing here needs
+            import cupy
+    except ImportError as error:
+        return Probe(False, f"CuPy can't be imported ({str(error).strip().splitlines()[0]}); pip install cupy-cuda12x")
+    runtime = cupy.cuda.runtime
+    try:
+        if runtime.getDeviceCount() == 0:
+            return Probe(False, _no_device())
+        device_info()  # asks for the compute capability
+        return Probe(True, CupyDevice().description)
+    except DeviceError as error:
+        return Probe(False, str(error))
+    except runtime.CUDARuntimeError as error:
+        if error.status == ERROR_INSUFFICIENT_DRIVER:
+            return Probe(False, _insufficient_driver(runtime.driverGetVersion()))
+        if error.status == ERROR_NO_DEVICE:
+            return Probe(False, _no_device())
+        return Probe(False, f"CUDA does not start: {error}")
+    except (ImportError, OSError, RuntimeError) as error:
+        return Probe(False, f"CUDA does not start: {str(error).strip().splitlines()[0]}")
+
+
+def _insufficient_driver(version: int) -> str:
+    if version == 0:
+        return "no NVIDIA driver is installed"
+    return (
+        f"the NVIDIA driver is too old: it serves CUDA {_cuda_version(version)}, cupaged needs 12 (driver 525 or newer)"
+    )
+
+
+def _no_device() -> str:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "no NVIDIA GPU was found" + ("" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})")
+
+
+def _cuda_version(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def open_cuda(dtype) -> CudaBackend:
+    """The backend on the current CUDA device, with activations and KV cache in `dtype`, bfloat16 or float16.
+
+    Raises DeviceError that says why when there is no usable GPU, ValueError on another dtype."""
+    found = probe()
+    if not found.usable:
+        raise DeviceError(f"device 'cuda' can't be used: {found.text}")
+    return CudaBackend(CupyDevice(), dtype)
+
+
+class CupyDevice:
+    """All that the backend wants of CuPy: memory from its current allocator, copies on its current stream."""
+
+    def __init__(self):
+        import cupy
+
+        self._cupy = cupy
+        runtime = cupy.cuda.runtime
+        name = runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
+        self.description = f"{name} (driver for CUDA {_cuda_version(runtime.driverGetVersion())})"
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        """An uninitialised array. Raises MemoryError."""
+        return self._cupy.empty(shape, dtype)
+
+    def pinned(self, num_bytes: int) -> np.ndarray:
+        """Page-locked host memory [num_bytes] uint8, from which copies run by themselves."""
+        return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(num_bytes), np.uint8, num_bytes)
+
+    def start_copy(self, dst: Array, src: np.ndarray) -> Callable[[], None]:
+        """Start copying pinned bytes to dst (C-contiguous, as many bytes); returns what waits until they are read."""
+        stream = self._cupy.cuda.get_current_stream()
+        host_to_device = self._cupy.cuda.runtime.memcpyHostToDevice
+        self._cupy.cuda.runtime.memcpyAsync(dst.data.ptr, src.ctypes.data, src.nbytes, host_to_device, stream.ptr)
+        return stream.record(self._cupy.cuda.Event(disable_timing=True)).synchronize
+
+    def to_host(self, src: Array) -> np.ndarray:
+        return self._cupy.asnumpy(src)
+
+    def address(self, array: Array) -> int:
+        return array.data.ptr
+
+    def memory_info(self) -> tuple[int, int]:
+        """(free, total) bytes. What CuPy's pool holds unused counts as free; the pool's limit bounds both."""
+        free, total = self._cupy.cuda.runtime.memGetInfo()
+        pool = getattr(self._cupy.cuda.get_allocator(), "__self__", None)  # None: the host program's own allocator
+        if isinstance(pool, self._cupy.cuda.MemoryPool):
+            free += pool.free_bytes()
+            if limit := pool.get_limit():
+                free, total = min(free, limit - pool.used_bytes()), min(total, limit)
+        return free, total
+
+
+class PinnedRing:
+    """Copies to the device through two pinned buffers in turn: while one is copied, the other is filled."""
+
+    def __init__(self, device, num_bytes: int):
+        self.num_bytes = num_bytes
+        self._device = device
+        self._buffers = [device.pinned(num_bytes) for _ in range(2)]
+        self._wait_until_read: list[Callable[[], None]] = [lambda: None] * 2
+        self._turn = 0
+
+    def wait(self) -> None:
+        """Return when no copy out of the buffers is under way."""
+        for wait_until_read in self._wait_until_read:
+            wait_until_read()
+
+    def copy(self, dst: Array, fill: Callable[[np.ndarray], None]) -> None:
+        """Start copying to dst (C-contiguous, at most num_bytes) what `fill` writes into the uint8 array it gets."""
+        turn = self._turn = 1 - self._turn
+        self._wait_until_read[turn]()
+        staged = self._buffers[turn][: dst.nbytes]
+        fill(staged)
+        self._wait_until_read[turn] = self._device.start_copy(dst, staged)
+
+
+class CudaBackend:
+    """Backend over cupy.ndarray; see cupaged.backends.base for what each operation computes.
+
+    device: a CupyDevice; the tests pass one over NumPy. dtype: bfloat16 or float16.
+    """
+
+    name = "cuda"
+
+    def __init__(self, device, dtype):
+        self.dtype = np.dtype(dtype)
+        if self.dtype not in HALF_TYPES:
+            raise ValueError(f"dtype: device 'cuda' computes in bfloat16 or float16; got {self.dtype}")
+        self.description = device.description
+        self._device = device
+        self._staging = PinnedRing(device, STAGING_BYTES)
+        self._batch_staging: PinnedRing | None = None
+        self._batch_buffer: Array | None = None  # uint8: all arrays of a batch
+        self._decode_workspace: Array | None = None  # uint8: the partial results of split sequences
+
+    # -- memory --------------------------------------------------------------------------------------------
+
+    def empty(self, shape: tuple[int, ...], dtype) -> Array:
+        dtype = np.dtype(dtype)
+        try:
+            return self._device.empty(shape, dtype)
+        except MemoryError:  # CuPy's own is one of them
+            wanted, (free, total) = math.prod(shape) * dtype.itemsize, self.memory_info()
+        raise OutOfMemoryError(
+            f"the GPU has too little memory: {wanted / 1e9:.3f} GB wanted for an array {tuple(shape)} {dtype}, "
+            f"{free / 1e9:.3f} of {total / 1e9:.3f} GB free; lower kv_cache_memory_bytes, max_num_batched_tokens or "
+            "max_model_len, or take a smaller model"
+        )
+
+    def copy_in(self, dst: Array, src: np.ndarray) -> None:
+        if dst.shape != src.shape or not dst.flags.c_contiguous:
+            layout = "" if dst.flags.c_contiguous else ", not C-contiguous"
+            raise ValueError(f"dst: expected shape {src.shape}, C-contiguous; got {dst.shape}{layout}")
+        dst, src = dst.reshape(-1), src.reshape(-1)
+        step = self._staging.num_bytes // dst.dtype.itemsize
+        for start in range(0, dst.size, step):
+            part = src[start : start + step]
+            self._staging.copy(
+                dst[start : start + step],
+                lambda staged, part=part: np.copyto(staged.view(dst.dtype), part, casting="unsafe"),
+            )
+
+    def to_host(self, src: Array) -> np.ndarray:
+        return self._device.to_host(src)
+
+    def address(self, array: Array) -> int:
+        return self._device.address(array)
+
+    def memory_info(self) -> tuple[int, int]:
+        return self._device.memory_info()
+
+    def reserve(self, config: ModelConfig, max_num_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
+        compile_kernels(needed_kernels(self.dtype, config.head_dim), device_info().arch)
+
+        num_bytes = decode_workspace_size(
+            max_num_seqs, config.num_heads, config.num_kv_heads, config.head_dim, max_model_len
+        )
+        self._decode_workspace = self.empty((_padded(num_bytes),), np.uint8)
+        self.copy_in(self._decode_workspace, np.broadcast_to(np.uint8(0), self._decode_workspace.shape))
+
+        max_blocks = ceil_div(max_model_len, min(BLOCK_SIZES))  # the arena's block size isn't known yet
+        by_token, by_sequence = 3 * [max_num_tokens], [max_num_seqs + 1, max_num_seqs, max_num_seqs]
+        num_bytes = sum(_padded(4 * count) for count in (*by_token, *by_sequence, max_num_seqs * max_blocks))
+        self._batch_buffer = self.empty((num_bytes,), np.uint8)
+        self._batch_staging = PinnedRing(self._device, num_bytes)
+
+    def upload_batch(self, batch: Batch) -> Batch:
+        parts, end = [], 0  # (name, array, where it begins in the buffer)
+        for name in BATCH_ARRAYS:
+            array = getattr(batch, name)
+            parts.append((name, array, end))
+            end += _padded(array.nbytes)
+        check_that(end <= self._batch_buffer.nbytes, "batch: larger than what was reserved")
+
+        def fill(staged: np.ndarray) -> None:
+            for _, array, start in parts:
+                staged[start : start + array.nbytes].view(np.int32).reshape(array.shape)[...] = array
+
+        buffer = self._batch_buffer[:end]
+        self._batch_staging.copy(buffer, fill)
+        views = {
+            name: buffer[start : start + array.nbytes].view(np.int32).reshape(array.shape)
+            for name, array, start in parts
+        }
+        return dataclasses.replace(batch, **views)
+
+    def close(self) -> None:
+        for ring in (self._staging, self._batch_staging):
+            if ring is not None:
+                ring.wait()
+        self._staging = self._batch_staging = self._batch_buffer = self._decode_workspace = None
+
+    # -- the forward pass ----------------------------------------------------------------------------------
+
+    embedding = staticmethod(embedding)
+    rms_norm = staticmethod(rms_norm)
+    add_rms_norm = staticmethod(add_rms_norm)
+    rope_and_store_kv = staticmethod(rope_and_store_kv)
+    silu_and_mul = staticmethod(silu_and_mul)
+
+    def linear(self, out: Array, x: Array, weight: Array, bias: Array | None = None) -> None:
+        (linear_small if x.shape[0] <= MAX_ROWS else linear)(out, x, weight, bias)
+
+    def paged_attention(
+        self,
+        out: Array,
+        qkv: Array,
+        arena: KVArena,
+        layer: int,
+        batch: Batch,
+        num_heads: int,
+        sm_scale: float,
+        window: int = 0,
+    ) -> None:
+        sequences = (batch.block_tables, batch.seq_lens)
+        common = {"num_heads": num_heads, "num_decodes": batch.num_decodes, "sm_scale": sm_scale, "window": window}
+        if batch.num_decodes:
+            paged_decode(
+                out, qkv, arena, layer, *sequences, self._decode_workspace, max_seq_len=batch.max_seq_len, **common
+            )
+        if batch.num_decodes < batch.num_seqs:
+            paged_prefill(
+                out, qkv, arena, layer, *sequences, batch.query_start_loc, max_query_len=batch.max_query_len, **common
+            )
+
+    # -- sampling ------------------------------------------------------------------------------------------
+
+    sample = staticmethod(sample)
+    logprobs = staticmethod(logprobs)
+
+
+def _padded(num_bytes: int) -> int:
+    return ceil_div(num_bytes, PART_ALIGNMENT) * PART_ALIGNMENT
+
+
+def needed_kernels(dtype: np.dtype, head_dim: int) -> Iterator[tuple[str, str]]:
+    """Of the instantiations that are shipped, those that a model with this dtype and head_dim may ask for."""
+    other_types = set(C_TYPE.values()) - {C_TYPE[dtype]}
+    for file, name in registry.instantiations():
+        arguments = name[name.index("<") + 1 : -1].split(", ")
+        if arguments[0] in other_types or (file in CACHE_KERNELS and arguments[1] != str(head_dim)):
+            continue
+        yield file, name
