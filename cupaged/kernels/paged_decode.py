@@ -110,19 +110,18 @@ def paged_decode(
         return
     num_splits = _num_splits(num_kv_heads, max_seq_len)
     num_tiles = _num_tiles(num_heads, num_kv_heads)
-    parts = num_decodes * num_heads * num_splits
-    partial_states = workspace[4 * head_dim * parts :]
+    outs_size = 4 * head_dim * num_decodes * num_heads * num_splits
     # The counters lie at the end, where no batch's partial results come: they must stay zeros between launches.
-    counters = workspace[workspace.shape[0] - 4 * num_decodes * num_tiles :]
+    counters_start = workspace.shape[0] - 4 * num_decodes * num_tiles
     num_warps, num_stages = TILES[head_dim]
     args = (
         out,
         qkv,
         block_tables,
         seq_lens,
-        workspace,
-        partial_states,
-        counters,
+        workspace[:outs_size].view(np.float32),
+        workspace[outs_size : outs_size + outs_size // head_dim * 2].view(np.uint64),
+        workspace[counters_start:].view(np.int32),
         paged_kv(arena, layer),
         np.int32(num_heads),
         np.int32(block_tables.shape[1]),
