@@ -117,7 +117,7 @@ def oracle(logits: np.ndarray, temperature, min_p, top_k, top_p) -> tuple[np.nda
     ("min_p", "top_k", "top_p"),
     [
         (0, 0, 1), (0, 1, 1), (0, 40, 1), (0, 0, 0.9), (0, 0, 0.01), (0.05, 0, 1), (1, 0, 1),
-        (0, 50, 0.95), (0.02, 20, 0.5), (0, 5000, 0.99), (0, 0, 0.99999),
+        (0, 50, 0.95), (0.02, 20, 0.5), (0, 5000, 0.99), (0, 0, 0.999),
     ],
 )  # fmt: skip
 def test_the_filters_keep_what_float64_keeps(temperature, min_p, top_k, top_p):
