@@ -31,7 +31,9 @@ MODEL = ModelConfig(
 
 
 def most_likely_token(token_ids) -> int:
-    return zlib.crc32(np.array(token_ids, np.int32).tobytes()) % VOCAB_SIZE
+    token_ids = np.asarray(token_ids)
+    assert np.isfinite(token_ids).all()
+    return zlib.crc32(token_ids.astype(np.int32).tobytes()) % VOCAB_SIZE
 
 
 def drawn_token(best: int, seed: int, counter: int) -> int:
@@ -119,32 +121,31 @@ class FakeDecoder:
             raise error
         check_batch(batch, arena)
         self.batches.append((batch.num_decodes, np.diff(batch.query_start_loc).tolist()))
-        k, v = read_write_view(arena, 0), read_write_view(arena, 1)
-        for token, position, slot in zip(batch.token_ids, batch.positions, batch.slot_mapping, strict=True):
-            k(slot)[...], v(slot)[...] = token, position
+        slabs, indices, offsets = locate(batch.slot_mapping, arena)
+        for slab, index, offset, token, position in zip(
+            slabs, indices, offsets, batch.token_ids, batch.positions, strict=True
+        ):
+            arena.slabs[slab][0, :, index, 0, offset, 0] = token, position
 
         logits = np.zeros((len(batch.logits_indices), VOCAB_SIZE), np.float32)
+        memory = np.stack(arena.slabs)
         for row, last in zip(logits, batch.logits_indices, strict=True):
             i = int(np.searchsorted(batch.query_start_loc, last, side="right")) - 1
-            length, block_size = batch.positions[last] + 1, arena.layout.block_size
-            slots = [batch.block_tables[i, p // block_size] * block_size + p % block_size for p in range(length)]
-            assert [float(v(slot)) for slot in slots] == list(range(length))
-            token_ids = [float(k(slot)) for slot in slots]
+            positions, block_size = np.arange(batch.positions[last] + 1), arena.layout.block_size
+            slots = batch.block_tables[i][positions // block_size] * block_size + positions % block_size
+            slabs, indices, offsets = locate(slots, arena)
+            token_ids, written_positions = memory[slabs, 0, :, indices, 0, offsets, 0].T
+            assert (written_positions == positions).all()
             row[most_likely_token(token_ids)] = 1.0
             if token_ids[-1] == self.nan_after:
                 row[:] = np.nan
         return logits
 
 
-def read_write_view(arena, part):
-    layout = arena.layout
-
-    def at(slot):
-        block_id, offset = divmod(int(slot), layout.block_size)
-        slab, index = divmod(block_id, layout.blocks_per_slab)
-        return arena.slabs[slab][0, part, index, 0, offset, :]
-
-    return lambda slot: at(slot).reshape(())
+def locate(slots, arena):
+    """(slab, block in it, token in that) of each slot."""
+    block_ids, offsets = np.divmod(slots, arena.layout.block_size)
+    return *np.divmod(block_ids, arena.layout.blocks_per_slab), offsets
 
 
 def check_batch(batch, arena):
@@ -175,7 +176,7 @@ def check_batch(batch, arena):
 
 def make_engine(num_blocks=64, tokenizer=None, model=MODEL, **config) -> Engine:
     """An engine with FakeDecoder at `engine.runner.decoder` and FakeBackend at `engine.backend`."""
-    config = {"block_size": 8, "seed": 1, "max_model_len": None, **config}
+    config = {"block_size": 8, "seed": 1, "max_model_len": 8 * num_blocks, **config}
     num_bytes = num_blocks * config["block_size"] * BYTES_PER_TOKEN
     return Engine(
         EngineConfig(kv_cache_memory_bytes=num_bytes, **config), model, FakeDecoder(), FakeBackend(), tokenizer
