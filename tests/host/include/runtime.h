@@ -1,0 +1,64 @@
+// runtime.h: what a kernel built for the host calls. runtime.cpp, memory.cpp and ptx.cpp implement it.
+#ifndef CUPAGED_HOST_RUNTIME_H
+#define CUPAGED_HOST_RUNTIME_H
+
+#pragma GCC visibility push(default)
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+extern uint3 threadIdx, blockIdx;  // of the thread that runs now
+extern dim3 blockDim, gridDim;
+
+namespace host {
+
+// Where in the source a thread stands.
+struct Site {
+  const char* file;
+  int line;
+  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+};
+
+// Ends the launch with this message. Never returns to the kernel.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// -- collectives of a thread block --------------------------------------------------------------------------
+
+enum class Reduce { kNone, kOr, kAnd, kCount };
+int block_barrier(const char* name, Reduce reduce, int predicate, Site site);
+
+// -- collectives of a warp: all lanes of mask, or the launch fails ------------------------------------------
+
+// The last lane to arrive calls combine with every lane's operand (null for lanes outside of mask), then all go on.
+using Combine = void (*)(void* const operands[32], unsigned mask);
+void warp_collective(const char* name, unsigned mask, void* operand, Combine combine, Site site);
+void warp_barrier(unsigned mask, Site site);  // the only one that orders memory
+unsigned vote(const char* name, unsigned mask, bool predicate, Site site);  // the mask of the lanes that say yes
+enum class Shuffle { kIndex, kXor, kUp, kDown };
+unsigned long long shuffle(const char* name, Shuffle kind, unsigned mask, unsigned long long bits, int operand,
+                           int width, Site site);
+void match(const char* name, unsigned mask, unsigned long long (&values)[32], unsigned long long value, Site site);
+
+// -- memory -------------------------------------------------------------------------------------------------
+
+unsigned char* dynamic_shared();
+void atomic_access(const void* address, unsigned size);  // called before an atomic operation reads and writes
+
+// -- PTX ----------------------------------------------------------------------------------------------------
+
+enum class HalfType { kHalf, kBFloat16 };
+void mma_m16n8k16(HalfType type, float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Site site);
+void ldmatrix_x4(unsigned (&r)[4], const void* row, bool transposed, Site site);
+void cp_async_16(void* dst, const void* src, bool valid);
+void cp_async_commit_group();
+void cp_async_wait_group(int pending);
+
+}  // namespace host
+
+#pragma GCC visibility pop
+
+#endif  // CUPAGED_HOST_RUNTIME_H

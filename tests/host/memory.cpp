@@ -1,0 +1,279 @@
+// memory.cpp: watches every access of a kernel. The compiler's AddressSanitizer and UndefinedBehaviorSanitizer passes
+// put the calls into the kernel; the functions that they call are here instead of in libasan and libubsan, since here
+// it is known which arrays the launch was given and which thread asks, and a finding ends the launch, not the process.
+//
+// Bounds: an access lies in one array of the launch, in shared memory, on the thread's stack or in constants.
+// Races:  in shared memory, two threads that touch a byte, one of them writing, have a __syncthreads between them, or a
+//         __syncwarp if they are of one warp. Nothing else orders them (a shuffle does not).
+#include <dlfcn.h>
+#include <link.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "state.h"
+
+namespace host {
+
+namespace {
+
+constexpr short kNobody = -1, kSeveral = -2;
+
+// What happened last to a byte of shared memory.
+struct Cell {
+  unsigned write_epoch, write_warp_epoch;
+  unsigned read_epoch, read_warp_epoch;
+  short writer;                 // thread number
+  short read_warp, read_lane;   // kSeveral: more than one since that epoch
+  bool write_atomic, copying;   // copying: the destination of a cp.async that hasn't landed
+};
+
+struct SharedMemory {
+  unsigned char* begin = nullptr;
+  unsigned char* end = nullptr;
+  const char* name = nullptr;
+  std::vector<Cell> cells;
+
+  bool holds(const unsigned char* p) const { return p >= begin && p < end; }
+};
+
+SharedMemory shared[2] = {{nullptr, nullptr, "dynamic shared memory", {}}, {nullptr, nullptr, "static shared memory", {}}};
+alignas(128) unsigned char dynamic_memory[(227 << 10) + 128];  // what a thread block may have on the largest GPU
+std::vector<Region> regions;
+size_t latest_region;  // the one that held the latest access
+
+// -- races --------------------------------------------------------------------------------------------------
+
+bool ordered(const Cell& cell, const Thread& self) {  // the latest write, before what self does now
+  return cell.write_epoch != block_epoch || cell.writer == self.number ||
+         (cell.writer / kWarpSize == self.warp && cell.write_warp_epoch < self.warp_epoch);
+}
+
+bool read_before(const Cell& cell, const Thread& self) {  // all reads, before what self does now
+  return cell.read_epoch != block_epoch || cell.read_warp == kNobody ||
+         (cell.read_warp == self.warp && (cell.read_lane == self.lane || cell.read_warp_epoch < self.warp_epoch));
+}
+
+void note_read(Cell& cell, const Thread& self) {
+  const bool first = cell.read_epoch != block_epoch || cell.read_warp == kNobody;
+  if (!first && cell.read_warp != self.warp) {
+    cell.read_warp = kSeveral;
+  } else if (!first && cell.read_lane != self.lane && cell.read_warp_epoch >= self.warp_epoch) {
+    cell.read_lane = kSeveral;
+  } else {
+    cell.read_epoch = block_epoch;
+    cell.read_warp = short(self.warp);
+    cell.read_lane = short(self.lane);
+    cell.read_warp_epoch = self.warp_epoch;
+  }
+}
+
+void note_write(Cell& cell, const Thread& self, bool atomic) {
+  cell.write_epoch = block_epoch;
+  cell.write_warp_epoch = self.warp_epoch;
+  cell.writer = short(self.number);
+  cell.write_atomic = atomic;
+  cell.read_warp = kNobody;
+}
+
+void access_shared(SharedMemory& memory, const unsigned char* p, unsigned size, Access kind) {
+  const Thread& self = *current;
+  const size_t offset = p - memory.begin;
+  for (size_t i = offset; i < offset + size; ++i) {
+    Cell& cell = memory.cells[i];
+    if (cell.copying)
+      fail("race: byte %zu of %s is the destination of a cp.async by thread number %d that no cp_async_wait_group has "
+           "waited for", i, memory.name, cell.writer);
+    if (!ordered(cell, self) && !(kind == Access::kAtomic && cell.write_atomic))
+      fail("race: %s byte %zu of %s, which thread number %d %s with no barrier between",
+           kind == Access::kRead ? "reads" : "writes", i, memory.name, cell.writer,
+           cell.write_atomic ? "updated atomically" : "wrote");
+    if (kind == Access::kRead) {
+      note_read(cell, self);
+      continue;
+    }
+    if (!read_before(cell, self)) {
+      char reader[64] = "threads of several warps";
+      if (cell.read_warp >= 0 && cell.read_lane >= 0)
+        snprintf(reader, sizeof reader, "thread number %d", cell.read_warp * kWarpSize + cell.read_lane);
+      else if (cell.read_warp >= 0)
+        snprintf(reader, sizeof reader, "several lanes of warp %d", cell.read_warp);
+      fail("race: writes byte %zu of %s, which %s read with no barrier between", i, memory.name, reader);
+    }
+    note_write(cell, self, kind == Access::kAtomic);
+  }
+}
+
+// -- bounds -------------------------------------------------------------------------------------------------
+
+// The constants of the shared library that holds address become readable; returns where it begins.
+void* add_image(const void* address) {
+  struct Search {
+    uintptr_t address, begin, end;
+  } search{reinterpret_cast<uintptr_t>(address), 0, 0};
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* data) {
+        auto& search = *static_cast<Search*>(data);
+        uintptr_t begin = ~uintptr_t(0), end = 0;
+        for (int i = 0; i < info->dlpi_phnum; ++i) {
+          const auto& header = info->dlpi_phdr[i];
+          if (header.p_type != PT_LOAD) continue;
+          begin = begin < info->dlpi_addr + header.p_vaddr ? begin : info->dlpi_addr + header.p_vaddr;
+          const uintptr_t last = info->dlpi_addr + header.p_vaddr + header.p_memsz;
+          end = end > last ? end : last;
+        }
+        if (search.address < begin || search.address >= end) return 0;
+        search.begin = begin, search.end = end;
+        return 1;
+      },
+      &search);
+  regions.push_back({reinterpret_cast<unsigned char*>(search.begin), reinterpret_cast<unsigned char*>(search.end), 0,
+                     "the constants of the kernel"});
+  return reinterpret_cast<void*>(search.begin);
+}
+
+bool region_allows(const Region& region, const unsigned char* p, unsigned size, Access kind) {
+  return p >= region.begin && p + size <= region.end && (kind == Access::kRead || region.writable);
+}
+
+void out_of_bounds(const unsigned char* p, unsigned size, Access kind) {
+  const char* verb = kind == Access::kRead ? "reads" : "writes";
+  const Region* nearest = nullptr;
+  size_t nearest_distance = size_t(1) << 20;  // farther away it's no neighbour
+  std::vector<Region> all = regions;
+  for (const SharedMemory& memory : shared) all.push_back({memory.begin, memory.end, 1, memory.name});
+  for (const Region& region : all) {
+    if (p >= region.begin && p + size <= region.end)
+      fail("out of bounds: writes %u bytes to %s, which is read-only", size, region.name);
+    const size_t distance = p < region.begin ? region.begin - p : p + size - region.end;
+    if (distance < nearest_distance) nearest = &region, nearest_distance = distance;
+  }
+  if (!nearest) fail("out of bounds: %s %u bytes at %p, far from every array of the launch", verb, size, p);
+  if (p < nearest->begin)
+    fail("out of bounds: %s %u bytes, %zu bytes before the start of %s", verb, size, size_t(nearest->begin - p),
+         nearest->name);
+  fail("out of bounds: %s %u bytes at offset %zu of %s, which has %zu bytes", verb, size, size_t(p - nearest->begin),
+       nearest->name, size_t(nearest->end - nearest->begin));
+}
+
+}  // namespace
+
+void access(const void* address, unsigned size, Access kind) {
+  const auto* p = static_cast<const unsigned char*>(address);
+  for (SharedMemory& memory : shared)
+    if (memory.holds(p) && p + size <= memory.end) return access_shared(memory, p, size, kind);
+  if (p >= current->stack_begin && p + size <= current->stack_end) return;
+  if (region_allows(regions[latest_region], p, size, kind)) return;
+  for (size_t i = 0; i < regions.size(); ++i)
+    if (region_allows(regions[i], p, size, kind)) {
+      latest_region = i;
+      return;
+    }
+  out_of_bounds(p, size, kind);
+}
+
+void atomic_access(const void* address, unsigned size) {
+  ENTER();
+  access(address, size, Access::kAtomic);
+}
+
+unsigned char* dynamic_shared() { return shared[0].begin; }
+
+void begin_launch() {
+  shared[0].begin = dynamic_memory;
+  shared[0].end = dynamic_memory + launch->shared_bytes;
+  shared[1].begin = launch->static_begin;
+  shared[1].end = launch->static_end;
+  for (SharedMemory& memory : shared) memory.cells.assign(memory.end - memory.begin, Cell{});
+  block_epoch = 0;
+  regions.assign(launch->regions, launch->regions + launch->num_regions);
+  launch->image = add_image(reinterpret_cast<const void*>(launch->call));
+  add_image(&threadIdx);
+  latest_region = 0;
+}
+
+void begin_block() {
+  for (SharedMemory& memory : shared) memset(memory.begin, 0xff, memory.end - memory.begin);  // NaN in every type
+}
+
+void begin_copy(void* dst, const void* src, bool valid) {
+  auto* p = static_cast<unsigned char*>(dst);
+  SharedMemory* memory = shared[0].holds(p) ? &shared[0] : shared[1].holds(p) ? &shared[1] : nullptr;
+  if (!memory || p + 16 > memory->end) fail("cp.async: the destination is not in shared memory");
+  if (valid) access(src, 16, Access::kRead);
+  access(dst, 16, Access::kWrite);
+  for (int i = 0; i < 16; ++i) memory->cells[p - memory->begin + i].copying = true;
+}
+
+void end_copy(void* dst) {
+  drop_copy(dst);
+  access(dst, 16, Access::kWrite);
+}
+
+void drop_copy(void* dst) {
+  auto* p = static_cast<unsigned char*>(dst);
+  SharedMemory& memory = shared[0].holds(p) ? shared[0] : shared[1];
+  for (int i = 0; i < 16; ++i) memory.cells[p - memory.begin + i].copying = false;
+}
+
+}  // namespace host
+
+// -- what -fsanitize=address calls --------------------------------------------------------------------------
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+#define ASAN_ACCESS(name, size, kind)                 \
+  EXPORT void name(const void* address) {             \
+    ENTER();                                          \
+    host::access(address, size, host::Access::kind);  \
+  }
+ASAN_ACCESS(__asan_load1, 1, kRead)
+ASAN_ACCESS(__asan_load2, 2, kRead)
+ASAN_ACCESS(__asan_load4, 4, kRead)
+ASAN_ACCESS(__asan_load8, 8, kRead)
+ASAN_ACCESS(__asan_load16, 16, kRead)
+ASAN_ACCESS(__asan_store1, 1, kWrite)
+ASAN_ACCESS(__asan_store2, 2, kWrite)
+ASAN_ACCESS(__asan_store4, 4, kWrite)
+ASAN_ACCESS(__asan_store8, 8, kWrite)
+ASAN_ACCESS(__asan_store16, 16, kWrite)
+EXPORT void __asan_loadN(const void* address, size_t size) {
+  ENTER();
+  host::access(address, unsigned(size), host::Access::kRead);
+}
+EXPORT void __asan_storeN(const void* address, size_t size) {
+  ENTER();
+  host::access(address, unsigned(size), host::Access::kWrite);
+}
+EXPORT void __asan_init() {}
+EXPORT void __asan_handle_no_return() {}
+EXPORT void __asan_version_mismatch_check_v8() {}
+
+// -- what -fsanitize=undefined calls ------------------------------------------------------------------------
+
+// Every handler's first argument begins with the place in the source.
+struct UndefinedBehavior {
+  const char* file;
+  unsigned line, column;
+};
+
+#define UBSAN_HANDLER(name, what)                                                              \
+  EXPORT void __ubsan_handle_##name(const UndefinedBehavior* where) {                          \
+    ENTER();                                                                                   \
+    host::fail("%s:%u:%u: undefined behaviour: %s", where->file, where->line, where->column, what); \
+  }
+UBSAN_HANDLER(add_overflow, "signed addition overflows")
+UBSAN_HANDLER(sub_overflow, "signed subtraction overflows")
+UBSAN_HANDLER(mul_overflow, "signed multiplication overflows")
+UBSAN_HANDLER(negate_overflow, "signed negation overflows")
+UBSAN_HANDLER(divrem_overflow, "division by zero, or overflow in a division")
+UBSAN_HANDLER(shift_out_of_bounds, "shift by a negative or too large amount, or of a negative value")
+UBSAN_HANDLER(out_of_bounds, "index outside of an array")
+UBSAN_HANDLER(type_mismatch_v1, "null or misaligned pointer, or an object that doesn't fit")
+UBSAN_HANDLER(load_invalid_value, "a value that its type doesn't have")
+UBSAN_HANDLER(float_cast_overflow, "float to integer conversion out of range")
+UBSAN_HANDLER(builtin_unreachable, "reaches what was declared unreachable")
+UBSAN_HANDLER(missing_return, "function ends without a value")
+UBSAN_HANDLER(vla_bound_not_positive, "array of variable length with a bound below 1")
+UBSAN_HANDLER(nonnull_arg, "null for an argument that may not be null")
+UBSAN_HANDLER(pointer_overflow, "pointer arithmetic overflows")
+UBSAN_HANDLER(invalid_builtin, "__builtin_clz or __builtin_ctz of zero")

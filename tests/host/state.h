@@ -1,0 +1,86 @@
+// state.h: what the parts of the host runtime share. Kernels see runtime.h only.
+#ifndef CUPAGED_HOST_STATE_H
+#define CUPAGED_HOST_STATE_H
+
+#include <vector>
+
+#include "runtime.h"
+
+namespace host {
+
+constexpr int kWarpSize = 32;
+
+// Bytes that a launch may touch. cupaged's loader fills these in, one for each array.
+struct Region {
+  const unsigned char* begin;
+  const unsigned char* end;
+  int writable;
+  const char* name;
+};
+
+// One launch, as the loader hands it over (build.py has the same struct).
+struct Launch {
+  void (*call)(void* const* args);
+  void* const* args;
+  unsigned grid[3], block[3];
+  unsigned long long seed;  // of the order of thread blocks and warps; 0 keeps them in order
+  unsigned char *static_begin, *static_end;  // static shared memory
+  const Region* regions;
+  int num_regions;
+  unsigned shared_bytes;  // dynamic shared memory
+  void* fault_pc;         // out: where in the kernel's code the launch failed, or null
+  void* image;            // out: where the kernel's shared library begins
+  char error[4096];       // out: why, or empty
+};
+
+// A cp.async that has not landed.
+struct Copy {
+  unsigned char* dst;
+  const unsigned char* src;
+  bool valid;
+  int group;  // the number of its commit group, counted from the thread's start
+};
+
+enum class State { kRunnable, kAtBlockBarrier, kAtWarpCollective, kExited };
+
+struct Thread {
+  void* stack_pointer;
+  unsigned char *stack_begin, *stack_end;
+  uint3 index;
+  int number, warp, lane;
+  State state;
+  void* pc;  // return address into the kernel of the latest call that can fail
+
+  // While it waits:
+  const char* waits_in;  // the name of the collective
+  Site site;
+  unsigned mask;
+  void* operand;
+  Reduce reduce;
+  int value;  // a block barrier's predicate, then its result
+
+  unsigned warp_epoch;  // grows with each __syncwarp
+  std::vector<Copy> copies;
+  int num_groups;  // committed so far
+};
+
+extern Thread* current;    // null outside of a launch
+extern Launch* launch;     // null outside of a launch
+extern unsigned block_epoch;  // grows with each thread block and each of its barriers
+
+// -- memory.cpp ---------------------------------------------------------------------------------------------
+
+enum class Access { kRead, kWrite, kAtomic };
+void access(const void* address, unsigned size, Access kind);  // fails the launch unless it is in bounds and race-free
+void begin_launch();  // sets up shared memory and the table of regions
+void begin_block();   // poisons shared memory
+void begin_copy(void* dst, const void* src, bool valid);  // an asynchronous write of 16 bytes: not readable yet
+void end_copy(void* dst);                                 // it has landed
+void drop_copy(void* dst);                                // it never will: its thread has exited
+
+}  // namespace host
+
+// At the top of each function that a kernel calls: a failure is reported at the kernel's line.
+#define ENTER() (::host::current ? void(::host::current->pc = __builtin_return_address(0)) : void())
+
+#endif  // CUPAGED_HOST_STATE_H

@@ -1,0 +1,55 @@
+"""Fixtures of kernel tests: `runner`, where kernels run, and `rng`."""
+
+from __future__ import annotations
+
+import os
+import zlib
+
+import numpy as np
+import pytest
+
+from cupaged.kernels.compile import load_from_cubin, set_loader
+from host.build import HostLoader, find_compiler
+from kernel_tools import GpuRunner, HostRunner
+
+
+def has_gpu() -> bool:
+    import cupy
+
+    try:
+        return cupy.cuda.runtime.getDeviceCount() > 0
+    except cupy.cuda.runtime.CUDARuntimeError:
+        return False
+
+
+def pytest_generate_tests(metafunc):
+    if "runner" in metafunc.fixturenames:
+        gpu = [pytest.param("gpu", marks=pytest.mark.gpu)] if has_gpu() else []
+        metafunc.parametrize("runner", ["host", *gpu], indirect=True)
+
+
+@pytest.fixture
+def runner(request):
+    """HostRunner or GpuRunner; launchers load their kernels for it while the test runs.
+
+    On the host, thread blocks and warps run in an order drawn from the test's name; CUPAGED_HOST_SEED draws another,
+    and 0 keeps them in order.
+    """
+    if request.param == "gpu":
+        yield GpuRunner()
+        return
+    if find_compiler() is None:
+        reason = "kernels run on the CPU through g++, which is not installed (or named by CXX)"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    seed = os.environ.get("CUPAGED_HOST_SEED")
+    loader = HostLoader(seed=zlib.crc32(request.node.nodeid.encode()) if seed is None else int(seed))
+    set_loader(loader)
+    yield HostRunner(loader)
+    set_loader(load_from_cubin)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
