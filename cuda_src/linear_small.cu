@@ -48,39 +48,40 @@ linear_small(out_t* __restrict__ out,              // [m, n]
   const int first_row = blockIdx.x * kRows;
   const int row = first_row + lane / 4;  // this lane's row in the first 8 rows of weight
   const int token = lane / 4;            // and its token in the first 8
-  const int lane_column = lane % 4 * 8;  // its columns in a piece
 
   DYNAMIC_SHARED(shared);
   Vec<scalar_t>* ring = reinterpret_cast<Vec<scalar_t>*>(shared) + warp * kRingVecs + lane;  // this lane's vectors
 
-  const scalar_t* lane_weight = weight + (long long)row * k + lane_column;
-  const scalar_t* lane_x = x + (long long)token * k + lane_column;
+  // Where this lane copies from next. At and past k, zeros are filled in and nothing is read.
+  int column = warp * kChunk + lane % 4 * 8;
+  const scalar_t* weight_source = weight + (long long)row * k + column;
+  const scalar_t* x_source = x + (long long)token * k + column;
   const long long stride = 8LL * k;  // from 8 rows to the next 8
-  auto copy_chunk = [&](int chunk, int stage) {
+  auto copy_next_chunk = [&](int stage) {
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
-      const int column = chunk * kChunk + piece * kPiece;
-      const bool in_k = column + lane_column < k;
+      const int offset = piece * kPiece;
+      const bool in_k = column + offset < k;
       Vec<scalar_t>* place = ring + (stage * kPieces + piece) * kPieceVecs * kWarpSize;
 #pragma unroll
       for (int i = 0; i < 2 * kRowTiles; ++i)
-        cp_async_16(place + i * kWarpSize, lane_weight + i * stride + column, in_k && row + 8 * i < n);
+        cp_async_16(place + i * kWarpSize, weight_source + i * stride + offset, in_k && row + 8 * i < n);
 #pragma unroll
       for (int i = 0; i < kTokenTiles; ++i)
-        cp_async_16(place + (2 * kRowTiles + i) * kWarpSize, lane_x + i * stride + column, in_k && token + 8 * i < m);
+        cp_async_16(place + (2 * kRowTiles + i) * kWarpSize, x_source + i * stride + offset, in_k && token + 8 * i < m);
     }
+    cp_async_commit_group();
+    column += kWarps * kChunk;
+    weight_source += kWarps * kChunk;
+    x_source += kWarps * kChunk;
   };
 
-  const int num_chunks = ceil_div(k, kChunk);
 #pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) {
-    if (warp + stage * kWarps < num_chunks) copy_chunk(warp + stage * kWarps, stage);
-    cp_async_commit_group();
-  }
+  for (int stage = 0; stage < kStages; ++stage) copy_next_chunk(stage);
 
   float sum[kRowTiles][kTokenTiles][4] = {};
   int stage = 0;
-  for (int chunk = warp; chunk < num_chunks; chunk += kWarps) {
+  for (int start = warp * kChunk; start < k; start += kWarps * kChunk) {
     cp_async_wait_group<kStages - 1>();  // this lane's own copies: nobody else reads them
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
@@ -103,14 +104,13 @@ linear_small(out_t* __restrict__ out,              // [m, n]
         }
       }
     }
-    const int next = chunk + kStages * kWarps;
-    if (next < num_chunks) copy_chunk(next, stage);
-    cp_async_commit_group();  // an empty group, too, so that the wait above counts the same at the end
+    copy_next_chunk(stage);
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }
 
   // Each warp leaves its sums where its ring was, [kTokens][kRows], kSumRow floats apart.
-  __syncwarp();  // the other lanes have read the last of their vectors
+  cp_async_wait_group<0>();  // the zeros past k
+  __syncwarp();              // and every lane is that far
   float* warp_sums = reinterpret_cast<float*>(reinterpret_cast<Vec<scalar_t>*>(shared) + warp * kRingVecs);
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r)
