@@ -4,20 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from sampling_tools import make_rows, random_logits
 
-from cupaged.backends.base import SAMPLING_ROW
 from cupaged.backends.sampling_reference import kept_masses, logprobs, philox4x32, philox_u64, sample, token_masses
 
 INF, NAN = np.inf, np.nan
-
-
-def make_rows(n: int = 1, **values) -> np.ndarray:
-    """n rows of SAMPLING_ROW that filter nothing; the values may be arrays [n]."""
-    rows = np.zeros(n, SAMPLING_ROW)
-    rows["temperature"] = rows["top_p"] = 1
-    for name, value in values.items():
-        rows[name] = value
-    return rows
 
 
 def draw(logits, vocab_size: int | None = None, **values) -> int:
@@ -26,17 +17,6 @@ def draw(logits, vocab_size: int | None = None, **values) -> int:
     token_ids = np.full(1, -7, np.int32)
     sample(token_ids, logits, make_rows(**values), vocab_size or logits.shape[1])
     return int(token_ids[0])
-
-
-def random_logits(seed: int, n: int) -> np.ndarray:
-    """Distinct ones, as a model makes them: a bell, some far ahead, some far behind."""
-    rng = np.random.default_rng(seed)
-    logits = rng.normal(0, 3, 2 * n)
-    logits[rng.integers(2 * n, size=1 + n // 25)] += 8
-    logits[rng.integers(2 * n, size=1 + n // 25)] -= 60
-    logits = rng.permutation(np.unique(logits.astype(np.float32)))[:n]
-    assert logits.size == n
-    return logits
 
 
 def exponent_error(logits: np.ndarray, temperature: float) -> np.ndarray:
