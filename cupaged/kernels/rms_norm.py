@@ -24,8 +24,6 @@ def rms_norm(out, x, weight, eps: float) -> None:
 
 def add_rms_norm(out, residual, x, weight, eps: float) -> None:
     """residual += x, rounded to its dtype; then out = rms_norm(residual). out, residual, x [n, hidden], apart."""
-    check("residual", residual, x.shape, x.dtype)
-    check_vectors("residual", residual, 8)
     _launch(out, residual, x, weight, eps)
 
 
@@ -35,6 +33,9 @@ def _launch(out, residual, x, weight, eps: float) -> None:
     num_tokens, hidden_size = x.shape
     check("out", out, x.shape, x.dtype)
     check("weight", weight, (hidden_size,), x.dtype)
+    if residual is not None:
+        check("residual", residual, x.shape, x.dtype)
+        check_vectors("residual", residual, hidden_size)
     for name, array in ("x", x), ("out", out), ("weight", weight):
         check_vectors(name, array, hidden_size)
     check_that(0 < hidden_size <= MAX_HIDDEN_SIZE, f"x: hidden size must be 8 to {MAX_HIDDEN_SIZE}; got {hidden_size}")

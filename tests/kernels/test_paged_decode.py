@@ -1,0 +1,282 @@
+"""paged_decode.cu against attention in float64, over a shuffled, NaN-poisoned cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from attention_tools import assert_teeth, attention_reference, pack_qkv, pointed_query
+from kernel_tools import PagedCache, assert_close, is_poison, poisoned
+
+from cupaged.kernels import paged_decode as paged_decode_module
+from cupaged.kernels.checks import BFLOAT16, FLOAT16
+from cupaged.kernels.paged_decode import MIN_SPLIT, decode_workspace_size, max_splits, paged_decode
+
+
+@dataclass(frozen=True)
+class Case:
+    head_dim: int
+    block_size: int
+    num_kv_heads: int
+    group: int  # query heads a kv head
+    seq_lens: tuple[int, ...]
+    window: int = 0
+    dtype: np.dtype = BFLOAT16
+
+    @property
+    def num_heads(self) -> int:
+        return self.num_kv_heads * self.group
+
+    def __str__(self) -> str:
+        lens = "_".join(map(str, self.seq_lens))
+        return (
+            f"d{self.head_dim}-b{self.block_size}-{self.num_kv_heads}x{self.group}-w{self.window}-{self.dtype}-{lens}"
+        )
+
+
+TILE_EDGES = (15, 16, 17, 31, 32, 33, 63, 64, 65)  # of the warps' keys and of whole tiles
+SPLIT_EDGES = (MIN_SPLIT - 1, MIN_SPLIT, MIN_SPLIT + 1, 2 * MIN_SPLIT, 2 * MIN_SPLIT + 1)
+CASES = [
+    # blocks: empty, one token, and around the edge of each block size
+    Case(64, 8, 2, 4, (0, 1, 7, 8, 9)),
+    Case(64, 16, 3, 3, (15, 16, 17, 0, 1)),
+    Case(64, 32, 1, 8, (1, 31, 32, 33, 0)),
+    Case(64, 64, 2, 1, (63, 64, 65)),
+    # head sizes, each with both types
+    *(
+        Case(head_dim, block_size, 1, group, (*TILE_EDGES[2 * i : 2 * i + 3], 300), dtype=dtype)
+        for i, (head_dim, block_size, group) in enumerate([(80, 16, 7), (96, 8, 4), (128, 32, 8)])
+        for dtype in (BFLOAT16, FLOAT16)
+    ),
+    Case(256, 16, 1, 4, TILE_EDGES),
+    Case(256, 64, 2, 2, (33, 290), dtype=FLOAT16),
+    Case(64, 16, 1, 4, TILE_EDGES, dtype=FLOAT16),
+    # heads: one each, odd groups, a full tile of 16, one more than a tile, several tiles
+    Case(64, 16, 5, 1, (40, 300)),
+    Case(64, 16, 2, 7, (70,)),
+    Case(64, 16, 2, 16, (40, 270)),
+    Case(64, 16, 2, 17, (40, 270)),
+    Case(64, 16, 1, 71, (33, 260)),
+    # splits: around the edge of the first, sequences of different split counts together, and so many keys that splits
+    # grow beyond MIN_SPLIT (a model with many kv heads has few splits)
+    Case(64, 16, 1, 4, SPLIT_EDGES),
+    Case(128, 16, 2, 4, (0, 1500, 3, 600, 257)),
+    Case(64, 32, 16, 1, (8 * MIN_SPLIT, 8 * MIN_SPLIT + 1)),
+    Case(64, 64, 32, 2, (4 * MIN_SPLIT + 1, 4 * MIN_SPLIT + 5 * 64)),
+    Case(256, 16, 32, 1, (1100,)),
+    # windows: one token, prime to the blocks, over several splits, of a split's own length, wider than the sequence
+    Case(64, 16, 1, 4, (0, 1, 2, 17, 300), window=1),
+    Case(64, 16, 2, 3, (12, 13, 14, 64, 77, 300), window=13),
+    Case(128, 8, 1, 4, (299, 300, 301, 700, 1111), window=300, dtype=FLOAT16),
+    Case(64, 32, 1, 2, (MIN_SPLIT, MIN_SPLIT + 1, 3 * MIN_SPLIT + 40), window=MIN_SPLIT),
+    Case(256, 16, 1, 2, (97, 350), window=45),
+    Case(80, 64, 1, 2, (65, 200), window=1000),
+]
+
+
+def spots(seq_len: int, window: int) -> list[int]:
+    """Positions where a mistake would stand: the last key, the window's edge from both sides, the edges of splits."""
+    edge = max(0, seq_len - window) if window else 0
+    return [0, edge - 1, edge, MIN_SPLIT - 1, MIN_SPLIT, seq_len - 1]
+
+
+def make_cache(runner, rng, case: Case) -> PagedCache:
+    return PagedCache(
+        runner,
+        rng,
+        case.seq_lens,
+        num_kv_heads=case.num_kv_heads,
+        head_dim=case.head_dim,
+        dtype=case.dtype,
+        block_size=case.block_size,
+    )
+
+
+def make_query(rng, case: Case, cache: PagedCache) -> np.ndarray:
+    """[num_seqs, num_heads, head_dim]"""
+    return np.stack([pointed_query(rng, keys, spots(len(keys), case.window), case.group) for keys in cache.keys])
+
+
+def make_workspace(runner, case: Case, num_seqs: int | None = None, max_seq_len: int | None = None):
+    num_seqs, max_seq_len = num_seqs or len(case.seq_lens), max_seq_len or max(case.seq_lens)
+    size = decode_workspace_size(num_seqs, case.num_heads, case.num_kv_heads, case.head_dim, max_seq_len)
+    return runner.array(np.zeros(-(-size // 16) * 16, np.uint8))
+
+
+def run(runner, case: Case, cache: PagedCache, query, workspace, /, seqs=None, **changes) -> np.ndarray:
+    """out [num_seqs, num_heads * head_dim] of the sequences `seqs` (all) in that order, run as one batch."""
+    seqs = list(range(len(case.seq_lens))) if seqs is None else seqs
+    out = runner.array(poisoned((len(seqs), case.num_heads * case.head_dim), case.dtype))
+    arguments = {
+        "out": out,
+        "qkv": runner.array(pack_qkv(query[seqs], case.num_kv_heads)),
+        "arena": cache.arena,
+        "layer": cache.layer,
+        "block_tables": runner.array(runner.host(cache.block_tables)[seqs]),
+        "seq_lens": runner.array(np.array(cache.seq_lens, np.int32)[seqs]),
+        "workspace": workspace,
+        "num_heads": case.num_heads,
+        "num_decodes": len(seqs),
+        "max_seq_len": max(cache.seq_lens[seq] for seq in seqs),
+        "sm_scale": case.head_dim**-0.5,
+        "window": case.window,
+    }
+    paged_decode(**{**arguments, **changes})
+    return runner.host(out)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_formula(runner, rng, case):
+    cache = make_cache(runner, rng, case)
+    query = make_query(rng, case, cache)
+
+    out = run(runner, case, cache, query, make_workspace(runner, case))
+
+    results = []
+    for seq, seq_len in enumerate(case.seq_lens):
+        first = max(0, seq_len - case.window) if case.window else 0
+        results.append(
+            attention_reference(
+                query[seq], cache.keys[seq][first:], cache.values[seq][first:], sm_scale=case.head_dim**-0.5
+            )
+        )
+    expected, bound = (np.stack(parts).reshape(out.shape) for parts in zip(*results, strict=True))
+    assert_close(out, expected, atol=bound)
+    filled = np.array(case.seq_lens) > 0
+    assert_teeth(expected[filled], bound[filled])
+
+
+@pytest.mark.parametrize("window", [0, 333])
+def test_a_sequence_gives_the_same_bits_in_any_batch(runner, rng, window):
+    case = Case(64, 16, 2, 4, (1000, 0, 77, 1400, 256), window)
+    cache = make_cache(runner, rng, case)
+    query = make_query(rng, case, cache)
+    workspace = make_workspace(runner, case)
+
+    together = run(runner, case, cache, query, workspace)
+    backwards = run(runner, case, cache, query, workspace, seqs=[4, 3, 2, 1, 0])
+    long_batch = run(
+        runner,
+        case,
+        cache,
+        query,
+        make_workspace(runner, case, 5, 5000),
+        block_tables=wide_tables(runner, cache),
+        max_seq_len=5000,
+    )
+
+    assert backwards[::-1].tobytes() == together.tobytes()
+    assert long_batch.tobytes() == together.tobytes()
+    for seq in range(len(case.seq_lens)):
+        assert run(runner, case, cache, query, workspace, seqs=[seq]).tobytes() == together[seq].tobytes(), seq
+
+
+def wide_tables(runner, cache: PagedCache):
+    """The block tables with room for 5000 tokens."""
+    tables = runner.host(cache.block_tables)
+    return runner.array(np.pad(tables, ((0, 0), (0, 5000 // 8)), constant_values=0x7FFFFFFF))
+
+
+def test_launches_share_a_workspace(runner, rng):
+    """Small batches and large ones in turn: what one leaves in the workspace suits the next."""
+    case = Case(64, 16, 2, 4, (600, 300, 900))
+    cache = make_cache(runner, rng, case)
+    query = make_query(rng, case, cache)
+    fresh = run(runner, case, cache, query, make_workspace(runner, case))
+    shared = make_workspace(runner, case, num_seqs=8)
+
+    for seqs in ([0, 1, 2], [2], [1, 0], [2], [0, 1, 2]):
+        assert run(runner, case, cache, query, shared, seqs).tobytes() == fresh[seqs].tobytes()
+
+
+def test_leaves_the_other_sequences_alone(runner, rng):
+    case = Case(64, 16, 1, 4, (300, 20, 50))
+    cache = make_cache(runner, rng, case)
+    query = make_query(rng, case, cache)
+    alone = run(runner, case, cache, query, make_workspace(runner, case), seqs=[0, 1])
+
+    out = run(runner, case, cache, query, make_workspace(runner, case), num_decodes=2)
+
+    assert out[:2].tobytes() == alone.tobytes()
+    assert is_poison(out[2]).all()
+
+
+def test_scores_that_overflow_without_the_maximum(runner, rng):
+    """Scores in the thousands: 2^score is far beyond float32, the softmax isn't."""
+    case = Case(64, 16, 1, 4, (300,))
+    cache = make_cache(runner, rng, case)
+    query = (40 * make_query(rng, case, cache).astype(np.float32)).astype(case.dtype)
+
+    out = run(runner, case, cache, query, make_workspace(runner, case))
+
+    expected, bound = attention_reference(query[0], cache.keys[0], cache.values[0], sm_scale=case.head_dim**-0.5)
+    assert_close(out, expected.reshape(out.shape), atol=bound.reshape(out.shape))
+
+
+def test_no_decodes_launch_nothing(runner, rng):
+    case = Case(64, 16, 1, 4, (20,))
+    cache = make_cache(runner, rng, case)
+    out = run(runner, case, cache, make_query(rng, case, cache), make_workspace(runner, case), num_decodes=0)
+    assert is_poison(out).all()
+
+
+GOOD = Case(64, 16, 2, 4, (300, 20))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"out": np.zeros((2, 511), BFLOAT16)}, r"^out: expected shape \(2, 512\)"),
+        ({"out": np.zeros((2, 512), FLOAT16)}, "^out: .* got .* float16"),
+        ({"qkv": np.zeros((2, 769), BFLOAT16)}, r"^qkv: expected shape \(2, 768\)"),
+        ({"qkv": np.zeros((2, 768), np.float32)}, "^qkv: dtype must be bfloat16 or float16"),
+        ({"qkv": np.zeros((2, 768), FLOAT16)}, "^qkv: the cache has dtype bfloat16"),
+        ({"qkv": np.zeros((768, 2), BFLOAT16).T}, "^qkv: .* not C-contiguous"),
+        ({"block_tables": np.zeros((2, 20), np.int64)}, "^block_tables: .* int32"),
+        ({"block_tables": np.zeros((3, 20), np.int32)}, r"^block_tables: expected shape \(2, any\)"),
+        ({"block_tables": np.zeros((2, 18), np.int32)}, r"^max_seq_len: block_tables \(2, 18\) hold 288 tokens"),
+        ({"seq_lens": np.zeros((2,), np.int64)}, "^seq_lens: .* int32"),
+        ({"workspace": np.zeros(16, np.uint8)}, "^workspace: expected 8464 bytes or more"),
+        ({"workspace": np.zeros(100001, np.uint8)}, "^workspace: .* in whole 16s"),
+        ({"workspace": np.zeros(100000, np.float32)}, "^workspace: .* uint8"),
+        ({"num_heads": 7}, "^num_heads: expected a multiple of the cache's 2 kv heads; got 7"),
+        ({"num_heads": 0}, "^num_heads: "),
+        ({"num_decodes": 3}, "^num_decodes: expected 0 to 2"),
+        ({"num_decodes": -1}, "^num_decodes: "),
+        ({"max_seq_len": -1}, "^max_seq_len: "),
+        ({"layer": 2}, "^layer: the cache has 2; got 2"),
+        ({"sm_scale": 0.0}, "^sm_scale: expected a positive number"),
+        ({"sm_scale": float("nan")}, "^sm_scale: expected a positive number"),
+        ({"window": -1}, "^window: "),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refuses_what_does_not_fit(runner, rng, change, message):
+    cache = make_cache(runner, rng, GOOD)
+    query = make_query(rng, GOOD, cache)
+    with pytest.raises(ValueError, match=message):
+        run(runner, GOOD, cache, query, make_workspace(runner, GOOD), **change)
+
+
+@pytest.mark.parametrize(("head_dim", "block_size"), [(72, 16), (64, 24)])
+def test_refuses_a_cache_of_another_geometry(runner, rng, head_dim, block_size):
+    case = replace(GOOD, head_dim=head_dim, block_size=block_size)
+    cache = make_cache(runner, rng, case)
+    with pytest.raises(
+        ValueError, match="head_dim: expected 64 or 80" if head_dim == 72 else "block_size: expected 8 or"
+    ):
+        run(runner, case, cache, make_query(rng, case, cache), make_workspace(runner, case))
+
+
+def test_the_workspace_stays_bounded():
+    assert decode_workspace_size(256, 32, 8, 128, 131072) < 80e6
+    assert decode_workspace_size(256, 32, 8, 128, 131072) == decode_workspace_size(256, 32, 8, 128, 10**7)
+    assert decode_workspace_size(1, 32, 8, 128, MIN_SPLIT) < 20e3
+    assert [max_splits(num_kv_heads) for num_kv_heads in (1, 3, 4, 8, 32, 128, 1000)] == [32, 32, 32, 16, 4, 1, 1]
+
+
+def test_every_instantiation_is_tried():
+    tried = {paged_decode_module.kernel_name(case.dtype, case.head_dim) for case in CASES}
+    assert tried == set(paged_decode_module.instantiations())
+    assert {case.block_size for case in CASES} == {8, 16, 32, 64}

@@ -1,0 +1,269 @@
+"""paged_prefill.cu against attention in float64, over a shuffled, NaN-poisoned cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from attention_tools import assert_teeth, attention_reference, pack_qkv, pointed_query
+from kernel_tools import PagedCache, assert_close, is_poison, poisoned
+
+from cupaged.kernels import paged_prefill as paged_prefill_module
+from cupaged.kernels.checks import BFLOAT16, FLOAT16
+from cupaged.kernels.paged_prefill import paged_prefill
+
+
+@dataclass(frozen=True)
+class Case:
+    head_dim: int
+    block_size: int
+    num_kv_heads: int
+    group: int  # query heads a kv head
+    lens: tuple[tuple[int, int], ...]  # (query_len, seq_len) of each sequence
+    window: int = 0
+    dtype: np.dtype = BFLOAT16
+
+    @property
+    def num_heads(self) -> int:
+        return self.num_kv_heads * self.group
+
+    @property
+    def query_start_loc(self) -> np.ndarray:
+        return np.cumsum([0] + [query_len for query_len, _ in self.lens]).astype(np.int32)
+
+    def __str__(self) -> str:
+        lens = "_".join(f"{query_len}of{seq_len}" for query_len, seq_len in self.lens)
+        return (
+            f"d{self.head_dim}-b{self.block_size}-{self.num_kv_heads}x{self.group}-w{self.window}-{self.dtype}-{lens}"
+        )
+
+
+# A tile has 128 rows (64 at head_dim 256), a row being a (token, head of the group), and 64 keys.
+CASES = [
+    # whole prompts around the edges of blocks, key tiles and row tiles
+    Case(64, 8, 2, 1, ((1, 1), (7, 7), (8, 8), (9, 9))),
+    Case(64, 16, 1, 1, ((15, 15), (16, 16), (17, 17), (63, 63), (64, 64), (65, 65))),
+    Case(64, 32, 2, 1, ((127, 127), (128, 128), (129, 129))),
+    Case(64, 64, 1, 1, ((300, 300),)),
+    # chunks: the first, in the middle, the last; of one token; mixed lengths; an empty query between others
+    Case(64, 16, 1, 4, ((33, 33), (33, 97), (1, 1), (1, 77), (40, 104))),
+    Case(64, 16, 3, 3, ((2, 130), (0, 20), (64, 64), (0, 0), (5, 260))),
+    # head sizes, each with both types
+    *(
+        Case(head_dim, block_size, 1, group, ((40, 70), (1, 33), (75, 75)), dtype=dtype)
+        for head_dim, block_size, group in [(80, 16, 7), (96, 8, 4), (128, 32, 8), (256, 16, 2)]
+        for dtype in (BFLOAT16, FLOAT16)
+    ),
+    Case(64, 64, 1, 4, ((40, 140),), dtype=FLOAT16),
+    # heads: tiles that end within a token's group, groups larger than a tile
+    Case(64, 16, 2, 7, ((50, 90),)),
+    Case(64, 16, 1, 16, ((20, 40),)),
+    Case(64, 16, 1, 131, ((3, 70),)),
+    # many keys
+    Case(64, 16, 1, 2, ((70, 1100),)),
+    Case(128, 64, 1, 4, ((9, 1029), (1, 500))),
+    # windows: one token, prime to blocks and tiles, of a key tile's length, longer than the chunk, than the sequence
+    Case(64, 16, 1, 2, ((90, 90), (5, 200)), window=1),
+    Case(64, 16, 2, 3, ((60, 130), (150, 150)), window=13),
+    Case(128, 8, 1, 1, ((130, 300),), window=64),
+    Case(64, 32, 1, 4, ((40, 333), (2, 101)), window=101, dtype=FLOAT16),
+    Case(256, 16, 1, 1, ((70, 150),), window=45),
+    Case(80, 16, 1, 2, ((50, 80),), window=1000),
+]
+
+
+def make_cache(runner, rng, case: Case) -> PagedCache:
+    return PagedCache(
+        runner,
+        rng,
+        [seq_len for _, seq_len in case.lens],
+        num_kv_heads=case.num_kv_heads,
+        head_dim=case.head_dim,
+        dtype=case.dtype,
+        block_size=case.block_size,
+    )
+
+
+def first_key(position: int, window: int) -> int:
+    return max(0, position - window + 1) if window else 0
+
+
+def make_query(rng, case: Case, cache: PagedCache) -> np.ndarray:
+    """[num_tokens, num_heads, head_dim], drawn to the token's own key, to the next one, which it must not see, and to
+    both sides of the window's edge."""
+    query = []
+    for (query_len, seq_len), keys in zip(case.lens, cache.keys, strict=True):
+        for position in range(seq_len - query_len, seq_len):
+            edge = first_key(position, case.window)
+            query.append(pointed_query(rng, keys, {edge - 1, edge, position, position + 1}, case.group))
+    return np.stack(query)
+
+
+def run(runner, case: Case, cache: PagedCache, query: np.ndarray, /, **changes) -> np.ndarray:
+    """out [num_tokens, num_heads * head_dim]"""
+    out = runner.array(poisoned((len(query), case.num_heads * case.head_dim), case.dtype))
+    arguments = {
+        "out": out,
+        "qkv": runner.array(pack_qkv(query, case.num_kv_heads)),
+        "arena": cache.arena,
+        "layer": cache.layer,
+        "block_tables": cache.block_tables,
+        "seq_lens": runner.array(np.array(cache.seq_lens, np.int32)),
+        "query_start_loc": runner.array(case.query_start_loc),
+        "num_heads": case.num_heads,
+        "num_decodes": 0,
+        "max_query_len": max(query_len for query_len, _ in case.lens),
+        "sm_scale": case.head_dim**-0.5,
+        "window": case.window,
+    }
+    paged_prefill(**{**arguments, **changes})
+    return runner.host(out)
+
+
+def reference(case: Case, cache: PagedCache, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(expected, bound on the error), both [num_tokens, num_heads * head_dim]"""
+    results = []
+    for (query_len, seq_len), keys, values in zip(case.lens, cache.keys, cache.values, strict=True):
+        for position in range(seq_len - query_len, seq_len):
+            seen = slice(first_key(position, case.window), position + 1)
+            results.append(
+                attention_reference(query[len(results)], keys[seen], values[seen], sm_scale=case.head_dim**-0.5)
+            )
+    expected, bound = (np.stack(parts).reshape(len(query), -1) for parts in zip(*results, strict=True))
+    return expected, bound
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_formula(runner, rng, case):
+    cache = make_cache(runner, rng, case)
+    query = make_query(rng, case, cache)
+
+    out = run(runner, case, cache, query)
+
+    expected, bound = reference(case, cache, query)
+    assert_close(out, expected, atol=bound)
+    assert_teeth(expected, bound)
+
+
+@pytest.mark.parametrize(("window", "group"), [(0, 3), (50, 1)])
+def test_chunks_give_the_bits_of_the_whole_prompt(runner, rng, window, group):
+    case = Case(64, 16, 1, group, ((150, 150),), window)
+    cache = make_cache(runner, rng, case)
+    query = make_query(rng, case, cache)
+    whole = run(runner, case, cache, query)
+
+    begin = 0
+    for length in (1, 62, 3, 64, 20):
+        end = begin + length
+        chunk = replace(case, lens=((length, end),))
+        seq_lens = runner.array(np.array([end], np.int32))
+        out = run(runner, chunk, cache, query[begin:end], seq_lens=seq_lens)
+        assert out.tobytes() == whole[begin:end].tobytes(), (begin, end)
+        begin = end
+    assert begin == len(query)
+
+
+def test_a_sequence_gives_the_same_bits_in_any_batch(runner, rng):
+    case = Case(64, 16, 2, 2, ((30, 90), (100, 100), (7, 300)))
+    cache = make_cache(runner, rng, case)
+    query = make_query(rng, case, cache)
+    together = run(runner, case, cache, query, max_query_len=500)
+
+    for seq, (begin, end) in enumerate(zip(case.query_start_loc[:-1], case.query_start_loc[1:], strict=True)):
+        alone = replace(case, lens=case.lens[seq : seq + 1])
+        block_tables = runner.array(runner.host(cache.block_tables)[seq : seq + 1])
+        seq_lens = runner.array(np.array(cache.seq_lens[seq : seq + 1], np.int32))
+        out = run(runner, alone, cache, query[begin:end], block_tables=block_tables, seq_lens=seq_lens)
+        assert out.tobytes() == together[begin:end].tobytes(), seq
+
+
+def test_leaves_the_decodes_alone(runner, rng):
+    case = Case(64, 16, 1, 4, ((1, 30), (1, 20), (50, 70), (3, 9)))
+    cache = make_cache(runner, rng, case)
+    query = make_query(rng, case, cache)
+
+    out = run(runner, case, cache, query, num_decodes=2)
+
+    assert is_poison(out[:2]).all()
+    assert out[2:].tobytes() == run(runner, case, cache, query)[2:].tobytes()
+
+
+def test_tokens_of_an_empty_sequence_become_zeros(runner, rng):
+    case = Case(64, 16, 1, 4, ((5, 30), (40, 0), (3, 9)))
+    cache = make_cache(runner, rng, case)
+    query = rng.standard_normal((48, case.num_heads, case.head_dim)).astype(case.dtype)
+
+    out = run(runner, case, cache, query)
+
+    assert not out[5:45].any()
+    filled = np.r_[0:5, 45:48]
+    expected, bound = reference(replace(case, lens=(case.lens[0], case.lens[2])), without(cache, 1), query[filled])
+    assert_close(out[filled], expected, atol=bound)
+
+
+def without(cache: PagedCache, seq: int) -> PagedCache:
+    del cache.keys[seq], cache.values[seq]
+    return cache
+
+
+def test_scores_that_overflow_without_the_maximum(runner, rng):
+    """Scores in the thousands: 2^score is far beyond float32, the softmax isn't."""
+    case = Case(64, 16, 1, 4, ((20, 150),))
+    cache = make_cache(runner, rng, case)
+    query = (40 * make_query(rng, case, cache).astype(np.float32)).astype(case.dtype)
+
+    out = run(runner, case, cache, query)
+
+    expected, bound = reference(case, cache, query)
+    assert_close(out, expected, atol=bound)
+
+
+def test_nothing_to_prefill_launches_nothing(runner, rng):
+    case = Case(64, 16, 1, 4, ((1, 30), (1, 20)))
+    cache = make_cache(runner, rng, case)
+    query = make_query(rng, case, cache)
+    assert is_poison(run(runner, case, cache, query, num_decodes=2)).all()
+    assert is_poison(run(runner, case, cache, query, max_query_len=0)).all()
+
+
+GOOD = Case(64, 16, 2, 4, ((2, 30), (1, 20)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"out": np.zeros((3, 511), BFLOAT16)}, r"^out: expected shape \(3, 512\)"),
+        ({"qkv": np.zeros((3, 769), BFLOAT16)}, r"^qkv: expected shape \(3, 768\)"),
+        ({"qkv": np.zeros((3, 768), FLOAT16)}, "^qkv: the cache has dtype bfloat16"),
+        ({"block_tables": np.zeros((3, 20), np.int32)}, r"^block_tables: expected shape \(2, any\)"),
+        ({"seq_lens": np.zeros((2, 1), np.int32)}, r"^seq_lens: expected shape \(any\)"),
+        ({"query_start_loc": np.zeros(2, np.int32)}, r"^query_start_loc: expected shape \(3\)"),
+        ({"query_start_loc": np.zeros(3, np.int64)}, "^query_start_loc: .* int32"),
+        ({"num_heads": 7}, "^num_heads: expected a multiple of the cache's 2 kv heads; got 7"),
+        ({"num_decodes": 3}, "^num_decodes: expected 0 to 2"),
+        ({"max_query_len": -1}, "^max_query_len: expected 0 to 2097120; got -1"),
+        ({"max_query_len": 2097121}, "^max_query_len: expected 0 to 2097120; got 2097121"),
+        ({"layer": -1}, "^layer: the cache has 2; got -1"),
+        ({"sm_scale": -1.0}, "^sm_scale: expected a positive number"),
+        ({"window": -1}, "^window: "),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refuses_what_does_not_fit(runner, rng, change, message):
+    cache = make_cache(runner, rng, GOOD)
+    with pytest.raises(ValueError, match=message):
+        run(runner, GOOD, cache, make_query(rng, GOOD, cache), **change)
+
+
+def test_refuses_another_head_dim(runner, rng):
+    case = replace(GOOD, head_dim=72)
+    cache = make_cache(runner, rng, case)
+    with pytest.raises(ValueError, match=r"^head_dim: expected 64 or 80 or .*; the cache has 72"):
+        run(runner, case, cache, make_query(rng, case, cache))
+
+
+def test_every_instantiation_is_tried():
+    tried = {paged_prefill_module.kernel_name(case.dtype, case.head_dim) for case in CASES}
+    assert tried == set(paged_prefill_module.instantiations())
+    assert {case.block_size for case in CASES} == {8, 16, 32, 64}
