@@ -19,7 +19,20 @@ from cupaged.cli.pull import pull
 from cupaged.errors import CupagedError
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Group(click.Group):
+    """click turns a closed pipe into exit code 1; here the reader, `head` for one, has just seen enough."""
+
+    def invoke(self, ctx: click.Context):
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            # Point stdout at nothing, so that the interpreter's last flush doesn't fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "-V", "--version", prog_name="cupaged")
 @click.option("--debug", is_flag=True, help="Show the traceback of a failure.")
 def cli(debug: bool) -> None:
@@ -34,12 +47,7 @@ for command in (generate, pull, convert, info):
 def main(args: list[str] | None = None) -> None:
     """Run the command line `args` (sys.argv's by default) and exit with its code."""
     args = sys.argv[1:] if args is None else args
-    code = _run(args, debug="--debug" in args)
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _let_go_of_stdout()
-    sys.exit(code)
+    sys.exit(_run(args, debug="--debug" in args))
 
 
 def _run(args: list[str], debug: bool) -> int:
@@ -50,9 +58,6 @@ def _run(args: list[str], debug: bool) -> int:
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         return 130
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough
-        _let_go_of_stdout()
-        return 0
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -66,11 +71,6 @@ def _run(args: list[str], debug: bool) -> int:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _let_go_of_stdout() -> None:
-    """Point stdout at nothing, so that the interpreter's last flush doesn't fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
