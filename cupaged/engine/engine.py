@@ -70,7 +70,8 @@ class Engine:
             backend,
             decoder,
             self.arena,
-            vocab_size=model.vocab_size,
+            # A padded embedding has ids that stand for no token.
+            vocab_size=model.vocab_size if tokenizer is None else min(model.vocab_size, tokenizer.vocab_size),
             max_num_seqs=self.scheduler.max_num_seqs,
             max_model_len=self.max_model_len,
         )
@@ -93,7 +94,7 @@ class Engine:
         request = Request(request_id, text, token_ids, params, seed, time.monotonic())
         for seq in request.sequences:
             if params.detokenize and self.tokenizer is not None:
-                decoder = self.tokenizer.decoder(skip_special_tokens=params.skip_special_tokens)
+                decoder = self.tokenizer.decoder(params.skip_special_tokens)
                 seq.output_text = OutputText(decoder, params.stop, params.include_stop_str_in_output)
             self.scheduler.add(seq)
         self._requests[request_id] = request
@@ -306,7 +307,7 @@ class Engine:
         entries: dict[int, Logprob] = {}
         for token_id, value, rank in zip(token_ids, values, ranks, strict=False):
             if token_id not in entries:  # the drawn token is often among the most likely
-                text = self.tokenizer.decode([token_id]) if self.tokenizer is not None else None
+                text = self.tokenizer.decode([token_id], False) if self.tokenizer is not None else None
                 entries[token_id] = Logprob(value, rank, text)
         seq.logprobs.append(entries)
         seq.cumulative_logprob += values[0]

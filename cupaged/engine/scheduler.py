@@ -61,7 +61,6 @@ class Scheduler:
             else:
                 chunks.append((seq, num_tokens))
 
-        preempted = False
         index = 0
         while index < len(self.running):
             seq = self.running[index]
@@ -71,10 +70,9 @@ class Scheduler:
             elif len(self.running) == 1:
                 self._fail(seq, step)
             else:
-                preempted = True
                 self._preempt_newest()  # perhaps `seq` itself
 
-        while self.waiting and budget and len(self.running) < self.max_num_seqs and not preempted:
+        while self.waiting and budget and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
             if self.blocks.allocate_slots(seq, seq.num_uncomputed_tokens):
                 self._admit_first()

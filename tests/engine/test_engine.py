@@ -30,6 +30,7 @@ class LetterTokenizer:
 
     def __init__(self, pieces=None):
         self.pieces = pieces or [chr(ord("a") + i % 26) for i in range(VOCAB_SIZE)]
+        self.vocab_size = len(self.pieces)
 
     def encode(self, text):
         return [ord(c) % VOCAB_SIZE for c in text]

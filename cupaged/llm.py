@@ -1,0 +1,281 @@
+"""The front door: a model, its tokenizer and an engine in one object."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cupaged.backends.base import Backend
+from cupaged.config import EngineConfig
+from cupaged.engine.engine import Engine
+from cupaged.errors import CupagedError, DeviceError
+from cupaged.memory.budget import format_bytes, wanted_max_model_len
+from cupaged.outputs import RequestOutput
+from cupaged.sampling_params import RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    from cupaged.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
+
+logger = logging.getLogger(__name__)
+
+
+class LLM:
+    """A model, ready to generate. Not for several threads at once.
+
+        with LLM() as llm:
+            print(llm.generate("The capital of France is")[0].outputs[0].text)
+
+    model: a directory in Hugging Face layout, a .gguf file, a hub id or a short name; None is SmolLM2-135M-Instruct.
+    device: "cuda", "cpu", or "auto": a GPU if one is usable. offline: never touch the network.
+    progress: gets a line for each thing that takes time while the model is fetched.
+    The other options are those of EngineConfig.
+
+    Raises ValueError for options that make no sense, and CupagedErrors: ModelNotFoundError, CheckpointError,
+    DeviceError, OutOfMemoryError.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = EngineConfig.max_num_seqs,
+        max_num_batched_tokens: int = EngineConfig.max_num_batched_tokens,
+        block_size: int = EngineConfig.block_size,
+        gpu_memory_utilization: float = EngineConfig.gpu_memory_utilization,
+        kv_cache_memory_bytes: int | None = None,
+        preallocate: bool = False,
+        seed: int | None = None,
+        offline: bool = False,
+        progress: Callable[[str], None] | None = None,
+    ):
+        config = EngineConfig(
+            device=device,
+            dtype=dtype,
+            block_size=block_size,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            gpu_memory_utilization=gpu_memory_utilization,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            preallocate=preallocate,
+            seed=seed,
+        )
+        from cupaged.weights.checkpoint import Checkpoint
+        from cupaged.weights.hub import resolve
+
+        use_cuda, why = _choose_device(config.device)
+        checkpoint = Checkpoint(resolve(model, offline=offline, progress=progress))
+        for warning in checkpoint.warnings:
+            logger.warning(warning)
+        backend = _open_backend(use_cuda, _choose_dtype(config.dtype, checkpoint.config.dtype, use_cuda))
+
+        self.device_note = f"running on {backend.description}{why}"  # which device, and why, in a line
+        self._sampling_defaults = SamplingParams(**checkpoint.sampling_defaults)
+        self._engine: Engine | None = _load_engine(config, checkpoint, backend)
+        self._num_requests = 0
+        self._outputs: dict[str, deque[RequestOutput]] = {}  # of the requests that are being waited for
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("this LLM is closed")
+        return self._engine
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue one prompt or several, which run as one batch; a result for each, in their order.
+
+        prompts: text or token ids, or a list of such. sampling_params: one for all, one for each, or None for
+        get_default_sampling_params(). Raises ValueError that names the prompt that can't be run.
+        """
+        prompts = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params or self._sampling_defaults] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            raise ValueError(
+                f"sampling_params: {len(sampling_params)} of them for {len(prompts)} prompts; give one for each, or one"
+            )
+        request_ids: list[str] = []
+        try:
+            for i, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
+                try:
+                    request_ids.append(self._add(prompt, replace(params, output_kind=RequestOutputKind.FINAL_ONLY)))
+                except ValueError as error:
+                    raise ValueError(f"prompts[{i}]: {error}" if len(prompts) > 1 else str(error)) from None
+            return [output for request_id in request_ids for output in self._wait_for(request_id)]
+        finally:
+            for request_id in request_ids:
+                self._drop(request_id)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **template_variables: Any,
+    ) -> list[RequestOutput]:
+        """The assistant's next message in one conversation or several; otherwise as `generate`.
+
+        messages: [{"role": "user", "content": "..."}, ...], or a list of such. template_variables go to the model's
+        chat template (tools=..., enable_thinking=...).
+        """
+        one = len(messages) == 0 or isinstance(messages[0], Mapping)
+        tokenizer = self.get_tokenizer()
+        conversations = [messages] if one else messages
+        return self.generate([tokenizer.chat(c, **template_variables) for c in conversations], sampling_params)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Continue one prompt, with an output for each token: the whole text so far, or what is new in it if
+        sampling_params.output_kind is DELTA. Breaking off the iteration ends the request."""
+        if not _is_one_prompt(prompt):
+            raise ValueError("prompt must be text or token ids; generate() takes several")
+        token_ids = self.engine.encode(prompt)  # so that a bad prompt raises here, not at the first output
+        params = sampling_params or self._sampling_defaults
+
+        def outputs() -> Iterator[RequestOutput]:
+            request_id = self._add(token_ids, params)
+            try:
+                for output in self._wait_for(request_id):
+                    output.prompt = prompt if isinstance(prompt, str) else None
+                    yield output
+            finally:
+                self._drop(request_id)
+
+        return outputs()
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self.engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json asks for, over SamplingParams' own defaults."""
+        return self._sampling_defaults
+
+    def stats_lines(self) -> list[str]:
+        """For people: how the KV cache was used."""
+        stats = self.engine.stats()
+        lines = [
+            f"KV cache: {stats.peak_used_blocks} of {stats.max_blocks} blocks used at most, "
+            f"{format_bytes(stats.kv_cache_bytes)} taken in {stats.num_slabs} slabs",
+            f"KV waste: {stats.mean_waste:.1%} of the used blocks' token slots, on average",
+        ]
+        if stats.num_preemptions:
+            lines.append(f"preemptions: {stats.num_preemptions}")
+        return lines
+
+    def close(self) -> None:
+        """Give the memory back; the object can't be used any more. Closing twice does no harm."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    # -- requests ------------------------------------------------------------------------------------------
+
+    def _add(self, prompt: str | Iterable[int], params: SamplingParams) -> str:
+        request_id = str(self._num_requests)
+        self.engine.add_request(request_id, prompt, params)
+        self._num_requests += 1
+        self._outputs[request_id] = deque()
+        return request_id
+
+    def _wait_for(self, request_id: str) -> Iterator[RequestOutput]:
+        """Its outputs up to the last. Those of other requests that the same steps bring are kept for them."""
+        outputs, finished = self._outputs[request_id], False
+        while not finished:
+            while not outputs:
+                if not self.engine.has_request(request_id):
+                    raise CupagedError("the request was ended by an error in a step that it shared with others")
+                for output in self.engine.step():
+                    self._outputs[output.request_id].append(output)
+            output = outputs.popleft()
+            finished = output.finished
+            yield output
+
+    def _drop(self, request_id: str) -> None:
+        """End the request if it still runs, and forget it."""
+        del self._outputs[request_id]
+        if self._engine is not None:
+            self._engine.abort(request_id)
+
+
+def _is_one_prompt(prompts) -> bool:
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
+
+
+def _choose_device(device: str) -> tuple[bool, str]:
+    """(whether to use the GPU, the reason to add to the note). Raises DeviceError."""
+    if device == "cpu":
+        return False, ""
+    from cupaged.backends.cuda import probe
+
+    found = probe()
+    if found.usable:
+        return True, ""
+    if device == "cuda":
+        raise DeviceError(f"device 'cuda' can't be used: {found.text}")
+    return False, f", as there is no usable GPU: {found.text}"
+
+
+def _choose_dtype(dtype: str, checkpoint_dtype: str, use_cuda: bool) -> str:
+    """The name of the dtype to compute in. Raises ValueError for one that the device doesn't compute in."""
+    choices = ("bfloat16", "float16") if use_cuda else ("float32",)
+    if dtype == "auto":
+        return checkpoint_dtype if checkpoint_dtype in choices else choices[0]
+    if dtype not in choices:
+        raise ValueError(
+            f"dtype must be {' or '.join(choices)}, or auto, on {'a GPU' if use_cuda else 'the CPU'}; got {dtype!r}"
+        )
+    return dtype
+
+
+def _open_backend(use_cuda: bool, dtype: str) -> Backend:
+    if use_cuda:
+        from ml_dtypes import bfloat16
+
+        from cupaged.backends.cuda import open_cuda
+
+        return open_cuda(np.dtype({"bfloat16": bfloat16, "float16": np.float16}[dtype]))
+    from cupaged.backends.reference import ReferenceBackend
+
+    return ReferenceBackend()
+
+
+def _load_engine(config: EngineConfig, checkpoint, backend: Backend) -> Engine:
+    """Weights, then buffers, then what is left for the KV cache: each takes its memory before the next looks."""
+    from cupaged.models.decoder import Decoder
+    from cupaged.weights.packing import load_weights
+
+    model = replace(checkpoint.config, eos_token_ids=checkpoint.eos_token_ids)
+    max_model_len = wanted_max_model_len(config, model)
+    max_num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
+    weights = load_weights(checkpoint.tensors, model, backend)
+    backend.reserve(model, config.max_num_batched_tokens, max_num_seqs, max_model_len)
+    decoder = Decoder(
+        model,
+        weights,
+        backend,
+        max_num_tokens=config.max_num_batched_tokens,
+        max_num_logits=max_num_seqs,
+        max_model_len=max_model_len,
+    )
+    return Engine(config, model, decoder, backend, checkpoint.tokenizer)
