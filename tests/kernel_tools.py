@@ -45,6 +45,12 @@ class HostRunner:
         self.loader.allow(array)
         return array
 
+    def zeros(self, shape: tuple[int, ...], dtype) -> np.ndarray:
+        """Zeros that take up memory only where they are written to, for arrays of gigabytes."""
+        array = np.zeros(shape, dtype)
+        self.loader.allow(array)
+        return array
+
     def host(self, array: np.ndarray) -> np.ndarray:
         """What the array holds now, as a NumPy array."""
         return array.copy()
@@ -67,6 +73,11 @@ class GpuRunner:
         import cupy
 
         return cupy.asarray(np.ascontiguousarray(values))
+
+    def zeros(self, shape: tuple[int, ...], dtype):
+        import cupy
+
+        return cupy.zeros(shape, dtype)
 
     def host(self, array) -> np.ndarray:
         return array.get()
