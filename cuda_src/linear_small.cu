@@ -11,9 +11,10 @@
 // Numerics: products summed in float32 along each warp's chunks in the order of k, then the 8 sums in the order of the
 //           warps, then the bias; one rounding, at the store. An element's value depends on its row of x, its row of
 //           weight, its bias and on k alone: not on m, n, kRowTiles or kStages.
-// Bound:    n * k * 2 bytes of weight from DRAM. A thread block has 64 KB of them on their way (48 KB with 16 tokens and
-//           one row tile), so 36 thread blocks (n = 576) are enough to fill the memory's pipeline and k need not be
-//           split over thread blocks. x comes from L2 for each 16 * kRowTiles outputs anew. Not yet measured.
+// Bound:    n * k * 2 bytes of weight from DRAM. A thread block has 64 KB of them on their way (48 KB with two token
+//           tiles and one row tile). At 3.1 TB/s and some 0.7 us of latency about 2.2 MB must be on their way: 36 thread blocks
+//           (n = 576) should do, so k is not split over thread blocks. x comes from L2 for each 16 * kRowTiles outputs
+//           anew: half the bytes of weight again for 16 tokens and two row tiles. Not yet measured.
 #include "common.cuh"
 #include "ptx.cuh"
 
@@ -88,12 +89,13 @@ linear_small(out_t* __restrict__ out,              // [m, n]
       const Vec<scalar_t>* place = ring + (stage * kPieces + piece) * kPieceVecs * kWarpSize;
       Vec<unsigned> pairs[kPieceVecs];  // of elements, as the mma takes them
 #pragma unroll
-      for (int i = 0; i < kPieceVecs; ++i) pairs[i] = load_vec(reinterpret_cast<const unsigned*>(place + i * kWarpSize));
+      for (int i = 0; i < kPieceVecs; ++i)
+        pairs[i] = load_vec(reinterpret_cast<const unsigned*>(place + i * kWarpSize));
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r) {
-          const unsigned* low = pairs[2 * r].data + 2 * step;  // rows 0 .. 7 of the tile
+          const unsigned* low = pairs[2 * r].data + 2 * step;       // rows 0 .. 7 of the tile
           const unsigned* high = pairs[2 * r + 1].data + 2 * step;  // and 8 .. 15
           const unsigned weights[4] = {low[0], high[0], low[1], high[1]};
 #pragma unroll
