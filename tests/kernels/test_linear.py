@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernel_tools import SMALLEST_SUBNORMAL, UNIT_ROUNDOFF, assert_close, is_poison, poisoned
 
 from cupaged.kernels import linear as linear_module
 from cupaged.kernels import linear_small as linear_small_module
@@ -20,6 +19,7 @@ from cupaged.kernels.tuning import (
     linear_small_tile,
     linear_tile,
 )
+from kernel_tools import SMALLEST_SUBNORMAL, UNIT_ROUNDOFF, assert_close, is_poison, poisoned
 
 H100 = DeviceInfo("sm_90a", num_sms=132, max_shared_bytes=232448)
 A100 = DeviceInfo("sm_80", num_sms=108, max_shared_bytes=166912)
