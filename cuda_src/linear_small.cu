@@ -12,9 +12,10 @@
 //           warps, then the bias; one rounding, at the store. An element's value depends on its row of x, its row of
 //           weight, its bias and on k alone: not on m, n, kRowTiles or kStages.
 // Bound:    n * k * 2 bytes of weight from DRAM. A thread block has 64 KB of them on their way (48 KB with two token
-//           tiles and one row tile). At 3.1 TB/s and some 0.7 us of latency about 2.2 MB must be on their way: 36 thread
-//           blocks (n = 576) should do, so k is not split over thread blocks. x comes from L2 for each 16 * kRowTiles
-//           outputs anew: half the bytes of weight again for 16 tokens and two row tiles. Not yet measured.
+//           tiles and one row tile). At 3.1 TB/s and some 0.7 us of latency about 2.2 MB must be on their way: 36
+//           thread blocks (n = 576) should do, so k is not split over thread blocks. x comes from L2 for each
+//           16 * kRowTiles outputs anew: half the bytes of weight again for 16 tokens and two row tiles.
+//           Not yet measured.
 #include "common.cuh"
 #include "ptx.cuh"
 
