@@ -1,4 +1,4 @@
-"""Messages to text, by the Jinja template that comes with a model, in the same surroundings as transformers gives it."""
+"""Messages to text by the Jinja template that comes with a model, given the surroundings that transformers gives it."""
 
 from __future__ import annotations
 

@@ -92,10 +92,10 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Bytes that are no UTF-8 become U+FFFD; ids that stand for no token give nothing."""
-        decoder = self.incremental_decoder(skip_special_tokens)
+        decoder = self.decoder(skip_special_tokens)
         return "".join([*(decoder.push(token_id) for token_id in ids), decoder.flush()])
 
-    def incremental_decoder(self, skip_special_tokens: bool = True) -> IncrementalDecoder:
+    def decoder(self, skip_special_tokens: bool = True) -> IncrementalDecoder:
         return IncrementalDecoder(self._token_bytes, self._special_ids if skip_special_tokens else frozenset())
 
     def apply_chat_template(

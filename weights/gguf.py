@@ -53,7 +53,7 @@ class GGUFModel:
         self.architecture = self._get("general.architecture", str)
         if self.architecture not in ARCHITECTURES:
             raise CheckpointError(
-                f"{path}: GGUF architecture {self.architecture!r} is not supported; these are: {', '.join(ARCHITECTURES)}"
+                f"{path}: GGUF architecture {self.architecture!r} is not supported; {', '.join(ARCHITECTURES)} are"
             )
         if self._model_key("expert_count", int, 0):
             raise CheckpointError(f"{path}: mixture-of-experts models are not supported")
@@ -138,7 +138,7 @@ class GGUFModel:
         return scaling
 
     def _llama3_scaling(self, head_dim: int) -> dict[str, Any]:
-        """The parameters from which the file's divisors were made: those of Llama 3.1 to 3.3, if they reproduce them."""
+        """The parameters that the file's divisors were made from: Llama 3.1's to 3.3's, if those reproduce them."""
         divisors = self._file.tensors[_ROPE_FACTORS][0 : head_dim // 2].astype(np.float64)
         factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192
         theta = self._model_key("rope.freq_base", (int, float), 10000.0)

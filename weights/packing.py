@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import ml_dtypes  # noqa: F401 (np.dtype("bfloat16") needs it)
 import numpy as np
@@ -44,7 +44,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "mlp.down_proj.weight": (hidden, config.intermediate_size),
     }
     if config.qkv_bias:
-        layer |= {f"self_attn.{name}_proj.bias": (size,) for name, size in zip("qkv", (q_size, kv_size, kv_size))}
+        sizes = {"q": q_size, "k": kv_size, "v": kv_size}
+        layer |= {f"self_attn.{name}_proj.bias": (size,) for name, size in sizes.items()}
     if config.qk_norm:
         layer |= {"self_attn.q_norm.weight": (head_dim,), "self_attn.k_norm.weight": (head_dim,)}
     shapes = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
