@@ -1,0 +1,430 @@
+"""The CUDA backend without a GPU: all of it but CuPy, its kernels run by the host build, on whole tiny models.
+
+The models are those of tests/model, whose logits transformers computed in float32.
+"""
+
+import functools
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from model.conftest import Driver
+from sampling_tools import make_rows
+
+from cupaged.backends import cuda, sampling_reference
+from cupaged.backends.base import SAMPLING_ROW
+from cupaged.backends.cuda import CudaBackend, needed_kernels, open_cuda, probe
+from cupaged.backends.reference import ReferenceBackend
+from cupaged.engine.batch import Batch
+from cupaged.errors import DeviceError, OutOfMemoryError
+from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32
+from cupaged.kernels.compile import set_loader
+from cupaged.kernels.device import DeviceInfo, set_device_info
+from cupaged.weights.checkpoint import Checkpoint
+from cupaged.weights.packing import load_weights
+
+GOLDEN = Path(__file__).parents[1] / "model" / "golden"
+H100 = DeviceInfo("sm_90a", num_sms=132, max_shared_bytes=232448)
+
+
+class NumpyDevice:
+    """CupyDevice over NumPy, with memory that starts as NaN.
+
+    Copies run as late as they may: when somebody waits for them or for a later one, when a kernel is launched or a
+    result is read. So a buffer that is filled again too early shows.
+    """
+
+    description = "a stand-in"
+
+    def __init__(self, runner):
+        self._runner = runner
+        self._copies: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def empty(self, shape, dtype):
+        return self._runner.empty(shape, dtype)
+
+    def pinned(self, num_bytes):
+        return np.empty(num_bytes, np.uint8)
+
+    def start_copy(self, dst, src):
+        copy = dst.reshape(-1).view(np.uint8), src
+        self._copies.append(copy)
+
+        def wait():
+            while any(pending is copy for pending in self._copies):
+                self._run_first()
+
+        return wait
+
+    def flush(self):
+        while self._copies:
+            self._run_first()
+
+    def _run_first(self):
+        dst, src = self._copies.pop(0)
+        dst[:] = src
+
+    def to_host(self, src):
+        self.flush()
+        return src.copy()
+
+    def address(self, array):
+        return array.ctypes.data
+
+    def memory_info(self):
+        return 3_000_000_000, 4_000_000_000
+
+
+@pytest.fixture
+def host_build(runner, monkeypatch):
+    """(device, names of the kernels that were loaded); nothing is compiled ahead."""
+    if not hasattr(runner, "loader"):
+        pytest.skip("runs over the host build; a GPU has the tests of whole models")
+    device, loaded = NumpyDevice(runner), set()
+
+    def load(file, name):
+        loaded.add((file, name))
+        kernel = runner.loader(file, name)
+
+        def launch(*args, **kwargs):
+            device.flush()
+            kernel(*args, **kwargs)
+
+        return launch
+
+    set_loader(load)
+    set_device_info(H100)
+    monkeypatch.setattr(cuda, "compile_kernels", lambda kernels, arch: None)
+    yield device, loaded
+    set_device_info(None)
+
+
+@pytest.fixture
+def backend(host_build):
+    return CudaBackend(host_build[0], BFLOAT16)
+
+
+# -- whole models --------------------------------------------------------------------------------------------
+
+
+class RoundingBackend(ReferenceBackend):
+    """The plain implementation in a 16-bit type: NumPy in float32, each operation's results rounded."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self._rounded_to = dtype
+
+    def round_weights(self, weights):
+        for part in (weights, *weights.layers):
+            self._round(*(array for array in vars(part).values() if isinstance(array, np.ndarray)))
+
+    def _round(self, *arrays):
+        for array in arrays:
+            array[...] = array.astype(self._rounded_to)
+
+    def rms_norm(self, out, x, weight, eps):
+        super().rms_norm(out, x, weight, eps)
+        self._round(out)
+
+    def add_rms_norm(self, out, residual, x, weight, eps):
+        residual += x
+        self._round(residual)
+        self.rms_norm(out, residual, weight, eps)
+
+    def linear(self, out, x, weight, bias=None):
+        super().linear(out, x, weight, bias)
+        self._round(out)
+
+    def rope_and_store_kv(self, qkv, arena, layer, positions, slot_mapping, *args):
+        super().rope_and_store_kv(qkv, arena, layer, positions, slot_mapping, *args)
+        self._round(qkv, *(slab[layer] for slab in arena.slabs))
+
+    def paged_attention(self, out, *args):
+        super().paged_attention(out, *args)
+        self._round(out)
+
+    def silu_and_mul(self, out, gate_up):
+        super().silu_and_mul(out, gate_up)
+        self._round(out)
+
+
+@functools.cache
+def golden(name: str) -> dict:
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        arrays = dict(arrays)
+    prompts = np.split(arrays["prompts"], np.cumsum(arrays["lengths"])[:-1])
+    return arrays | {"prompts": [prompt.tolist() for prompt in prompts]}
+
+
+def new_driver(name: str, backend) -> Driver:
+    checkpoint = Checkpoint(GOLDEN / name)
+    weights = load_weights(checkpoint.tensors, checkpoint.config, backend)
+    if isinstance(backend, RoundingBackend):
+        backend.round_weights(weights)
+    return Driver(checkpoint.config, weights, backend, block_size=8)
+
+
+def mixed_steps(driver: Driver, name: str) -> np.ndarray:
+    """The 33-token prompt of the model in a whole, then in chunks that share their steps with a decode and
+    with whole prompts, its end as decodes. Logits [66, vocab_size] of both ways."""
+    prompts = golden(name)["prompts"]
+    prompt, other, third = prompts[-1], prompts[1], prompts[2]
+    [whole] = driver.step((driver.new_sequence(), prompt), all_logits=True)
+    mixed, rows = driver.new_sequence(), []
+    neighbour = driver.new_sequence()
+    rows.append(driver.step((mixed, prompt[:17]), (neighbour, other), all_logits=True)[0])
+    rows.append(driver.step((neighbour, [5]), (mixed, prompt[17:18]), all_logits=True)[1])
+    rows.append(
+        driver.step((neighbour, [7]), (mixed, prompt[18:29]), (driver.new_sequence(), third), all_logits=True)[1]
+    )
+    for i in range(29, 33):
+        rows.append(driver.step((mixed, prompt[i : i + 1]), (neighbour, [i]), all_logits=True)[0])
+    return np.concatenate([whole, *rows])
+
+
+def rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "llama_untied", "mistral", "qwen2", "qwen3"])
+def test_whole_models_err_no_more_than_a_plain_implementation(host_build, name, dtype):
+    device, loaded = host_build
+    expected = np.tile(golden(name)["logits"], (2, 1))
+    actual = mixed_steps(new_driver(name, CudaBackend(device, dtype)), name)
+    plain = mixed_steps(new_driver(name, RoundingBackend(dtype)), name)
+    assert actual.dtype == FLOAT32
+    assert actual.shape == expected.shape == (66, 300)
+    assert np.isfinite(actual).all()
+
+    error, plain_error = actual - expected, plain - expected
+    assert rms(error) <= 1.25 * rms(plain_error)
+    assert np.abs(error).max() <= 2 * np.abs(plain_error).max()
+    assert 10 * rms(plain_error) < rms(expected - expected.mean())  # or else anything would pass
+
+    assert loaded <= set(needed_kernels(dtype, 64))
+    used = {file for file, _ in loaded}
+    assert used == {
+        "activation.cu", "embedding.cu", "linear.cu", "linear_small.cu", "paged_decode.cu", "paged_prefill.cu",
+        "rms_norm.cu", "rope.cu",
+    }  # fmt: skip
+
+
+def test_sampling_from_a_models_logits(host_build):
+    """The way of the engine's runner: parameters up, a token a row, log probabilities, and ids down."""
+    device, loaded = host_build
+    backend = CudaBackend(device, BFLOAT16)
+    driver = new_driver("llama", backend)
+    prompts = golden("llama")["prompts"]
+    host_logits = np.stack(driver.step(*((driver.new_sequence(), prompt) for prompt in prompts)))
+    num_rows = len(prompts)
+    logits = backend.empty((num_rows, 300), np.float32)
+    backend.copy_in(logits, host_logits)
+    rows = backend.empty((num_rows + 3,), SAMPLING_ROW)[:num_rows]
+    host_rows = make_rows(num_rows, temperature=np.arange(num_rows) / 2, top_k=50, top_p=0.9, seed=3)
+    backend.copy_in(rows, host_rows)
+    token_ids = backend.empty((num_rows,), np.int32)
+    backend.sample(token_ids, logits, rows, 300)
+    top_ids, top_logprobs = backend.empty((num_rows, 3), np.int32), backend.empty((num_rows, 3), np.float32)
+    ranks = backend.empty((num_rows,), np.int32)
+    backend.logprobs(top_ids, top_logprobs, ranks, logits, token_ids, 300)
+
+    expected = np.empty(num_rows, np.int32)
+    sampling_reference.sample(expected, host_logits, host_rows, 300)
+    assert backend.to_host(token_ids).tolist() == expected.tolist()
+    assert backend.to_host(top_ids)[:, 0].tolist() == expected.tolist()
+    assert backend.to_host(top_ids)[:, 1].tolist() == host_logits.argmax(axis=1).tolist()
+    assert backend.to_host(top_ids)[0, 0] == host_logits[0].argmax()  # temperature 0
+    assert (backend.to_host(ranks) >= 1).all()
+    assert loaded <= set(needed_kernels(BFLOAT16, 64))
+
+
+# -- memory and copies ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5, 7), (3, 1000), (0, 4)])
+def test_copy_in_converts_and_lets_go_of_the_source(monkeypatch, host_build, shape):
+    monkeypatch.setattr(cuda, "STAGING_BYTES", 256)  # several turns of the ring
+    backend = CudaBackend(host_build[0], BFLOAT16)
+    values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    expected = values.astype(BFLOAT16)
+    dst = backend.empty(shape, BFLOAT16)
+    source = np.array(values)
+    backend.copy_in(dst, source)
+    source[...] = np.nan
+    assert backend.to_host(dst).tobytes() == expected.tobytes()
+
+
+def test_copy_in_takes_any_source_and_only_whole_destinations(backend):
+    dst = backend.empty((4, 6), np.float32)
+    values = np.arange(24, dtype=np.float64).reshape(6, 4)
+    backend.copy_in(dst, values.T)
+    assert np.array_equal(backend.to_host(dst), values.T)
+    with pytest.raises(ValueError, match=r"^dst: expected shape \(6, 4\)"):
+        backend.copy_in(dst, values)
+    with pytest.raises(ValueError, match=r"^dst: .*not C-contiguous"):
+        backend.copy_in(dst[:, :4], values[:4])
+
+
+def random_batch(rng, num_decodes: int, query_lens: list[int], max_blocks: int) -> Batch:
+    num_seqs, starts = len(query_lens), np.concatenate([[0], np.cumsum(query_lens)])
+
+    def ids(*shape) -> np.ndarray:
+        return rng.integers(2**31, size=shape, dtype=np.int32)
+
+    num_tokens = sum(query_lens)
+    return Batch(
+        token_ids=ids(num_tokens), positions=ids(num_tokens), slot_mapping=ids(num_tokens),
+        query_start_loc=starts.astype(np.int32), seq_lens=ids(num_seqs),
+        block_tables=ids(num_seqs, max_blocks + 2)[:, :max_blocks],  # not contiguous
+        logits_indices=ids(num_seqs - 1), num_decodes=num_decodes, max_query_len=max(query_lens), max_seq_len=99,
+    )  # fmt: skip
+
+
+def test_upload_batch(backend):
+    backend.reserve(Checkpoint(GOLDEN / "llama").config, max_num_tokens=64, max_num_seqs=8, max_model_len=100)
+    rng = np.random.default_rng(0)
+    for num_decodes, query_lens, max_blocks in [(1, [1, 5], 3), (0, [3, 9, 2], 7), (4, [1] * 4, 1), (0, [64], 13)]:
+        batch = random_batch(rng, num_decodes, query_lens, max_blocks)
+        uploaded = backend.upload_batch(batch)
+        assert (uploaded.num_decodes, uploaded.max_query_len, uploaded.max_seq_len) == (
+            num_decodes, max(query_lens), 99
+        )  # fmt: skip
+        for name in cuda.BATCH_ARRAYS:
+            array, expected = getattr(uploaded, name), getattr(batch, name)
+            assert np.array_equal(backend.to_host(array), expected), name
+            assert array.dtype == np.int32
+            assert array.flags.c_contiguous
+            assert backend.address(array) % 16 == 0
+    for token in range(6):  # without waiting in between: the staging buffers must not be overtaken
+        batch = random_batch(rng, 0, [64], 13)
+        batch.token_ids[:] = token
+        uploaded = backend.upload_batch(batch)
+    assert (backend.to_host(uploaded.token_ids) == 5).all()
+    with pytest.raises(ValueError, match=r"^batch: larger"):
+        backend.upload_batch(random_batch(rng, 0, [64] * 8, 40))
+
+
+def test_the_decode_workspace_starts_as_zeros_and_goes(backend):
+    backend.reserve(Checkpoint(GOLDEN / "llama").config, max_num_tokens=64, max_num_seqs=8, max_model_len=100)
+    assert not backend.to_host(backend._decode_workspace).any()
+    backend.close()
+    assert backend._decode_workspace is None
+
+
+def test_out_of_memory_says_how_much_and_what_to_do(backend, monkeypatch):
+    def fail(shape, dtype):
+        raise MemoryError
+
+    monkeypatch.setattr(backend._device, "empty", fail)
+    expected = r"2\.000 GB wanted .* 3\.000 of 4\.000 GB free; lower kv_cache_memory_bytes"
+    with pytest.raises(OutOfMemoryError, match=expected) as caught:
+        backend.empty((1000, 1_000_000), BFLOAT16)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int8])
+def test_other_dtypes_are_refused(runner, dtype):
+    with pytest.raises(ValueError, match=f"^dtype: .*bfloat16 or float16; got {np.dtype(dtype)}"):
+        CudaBackend(NumpyDevice(runner), dtype)
+
+
+def test_needed_kernels_are_of_one_dtype_and_head_dim():
+    for dtype, other in [(BFLOAT16, "__half"), (FLOAT16, "__nv_bfloat16")]:
+        names = [name for _, name in needed_kernels(dtype, 128)]
+        assert len(names) == len(set(names)) > 20
+        assert not any(other in name for name in names)
+        assert {name.split("<")[0] for name in names} == {
+            name.split("<")[0] for _, name in cuda.registry.instantiations()
+        }
+        for name in names:
+            if name.startswith(("rope", "paged")):
+                assert name.split(", ")[1] == "128"
+
+
+# -- is there a GPU ------------------------------------------------------------------------------------------
+
+
+class FakeCudaError(RuntimeError):
+    def __init__(self, status):
+        super().__init__(f"cudaError {status}")
+        self.status = status
+
+
+def fake_cupy(monkeypatch, *, devices=1, error=None, driver=12040):
+    """Put a CuPy in place whose runtime fails with `error` (a status) or has `devices` devices."""
+
+    def get_device_count():
+        if error is not None:
+            raise FakeCudaError(error)
+        return devices
+
+    runtime = types.SimpleNamespace(
+        CUDARuntimeError=FakeCudaError,
+        getDeviceCount=get_device_count,
+        driverGetVersion=lambda: driver,
+        getDeviceProperties=lambda device: {"name": b"NVIDIA Imaginary 100"},
+    )
+    device = types.SimpleNamespace(id=0)
+    cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime, Device=lambda: device))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+
+
+@pytest.mark.parametrize(
+    ("fake", "reason"),
+    [
+        ({"error": 35, "driver": 0}, "no NVIDIA driver is installed"),
+        ({"error": 35, "driver": 11040}, "driver is too old: it serves CUDA 11.4"),
+        ({"error": 100}, "no NVIDIA GPU was found"),
+        ({"devices": 0}, "no NVIDIA GPU was found"),
+        ({"error": 999}, "CUDA does not start: cudaError 999"),
+    ],
+)
+def test_why_there_is_no_gpu(monkeypatch, capfd, fake, reason):
+    fake_cupy(monkeypatch, **fake)
+    found = probe()
+    assert not found.usable
+    assert reason in found.text
+    assert "\n" not in found.text
+    with pytest.raises(DeviceError, match=f"^device 'cuda' can't be used: .*{reason}"):
+        open_cuda(BFLOAT16)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_hidden_devices_are_mentioned(monkeypatch):
+    fake_cupy(monkeypatch, error=100)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert probe().text == "no NVIDIA GPU was found (CUDA_VISIBLE_DEVICES is '7')"
+
+
+def test_an_old_gpu(monkeypatch):
+    fake_cupy(monkeypatch)
+
+    def too_old():
+        raise DeviceError("the GPU's compute capability is 7.5")
+
+    monkeypatch.setattr(cuda, "device_info", too_old)
+    assert probe() == (False, "the GPU's compute capability is 7.5")
+
+
+def test_a_usable_gpu(monkeypatch):
+    fake_cupy(monkeypatch)
+    monkeypatch.setattr(cuda, "device_info", lambda: H100)
+    assert probe() == (True, "NVIDIA Imaginary 100 (driver for CUDA 12.4)")
+
+
+def test_no_cupy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    found = probe()
+    assert not found.usable
+    assert found.text.startswith("CuPy can't be imported")
+    assert found.text.endswith("pip install cupy-cuda12x")
+
+
+def test_the_probe_of_this_machine_prints_nothing(capfd):
+    found = probe()
+    assert found.text
+    assert "\n" not in found.text
+    assert capfd.readouterr() == ("", "")
