@@ -76,8 +76,8 @@ def fit_max_model_len(config: EngineConfig, model: ModelConfig, layout: KVLayout
     if config.max_model_len is not None:
         raise OutOfMemoryError(
             f"max_model_len={wanted} needs {need} of KV cache, but it has {have}: lower max_model_len "
-            f"(--max-model-len) to {capacity}, or raise kv_cache_memory_bytes (--kv-cache-memory) or "
-            "gpu_memory_utilization (--gpu-memory-utilization)"
+            f"(--max-model-len) to {capacity}, or give the cache more by kv_cache_memory_bytes (--kv-cache-memory) "
+            "or gpu_memory_utilization (--gpu-memory-utilization)"
         )
     logger.warning(
         f"max_model_len is lowered from {wanted} to {capacity}: the KV cache has {have}, {need} would be needed"

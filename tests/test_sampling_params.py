@@ -1,0 +1,96 @@
+import math
+
+import pytest
+
+from cupaged.config import EngineConfig
+from cupaged.sampling_params import MAX_LOGPROBS, SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", "1"),
+        ("temperature", None),
+        ("top_p", 0),
+        ("top_p", 1.01),
+        ("top_p", math.nan),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("min_p", math.nan),
+        ("top_k", -2),
+        ("top_k", 1.5),
+        ("top_k", True),
+        ("max_tokens", 0),
+        ("max_tokens", -1),
+        ("max_tokens", 1.0),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("seed", 1.0),
+        ("logprobs", -1),
+        ("logprobs", MAX_LOGPROBS + 1),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", [1]),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", ["a"]),
+    ],
+)
+def test_nonsense_is_named(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be .*; got ") as error:
+        SamplingParams(**{name: value})
+    assert "\n" not in str(error.value)
+
+
+def test_defaults_are_vllms():
+    params = SamplingParams()
+    assert (params.temperature, params.top_p, params.top_k, params.min_p) == (1.0, 1.0, 0, 0.0)
+    assert (params.max_tokens, params.seed, params.logprobs) == (16, None, None)
+    assert (params.stop, params.stop_token_ids) == ((), ())
+    assert params.detokenize
+    assert params.skip_special_tokens
+    assert not params.ignore_eos
+
+
+def test_edges_that_make_sense():
+    SamplingParams(temperature=0, top_p=1, min_p=1, top_k=-1, max_tokens=None, seed=2**64 - 1, logprobs=0)
+    assert SamplingParams(stop="a").stop == ("a",)
+    assert SamplingParams(stop=["a", "b"], stop_token_ids=[3]).stop_token_ids == (3,)
+
+
+def test_stop_strings_need_text():
+    with pytest.raises(ValueError, match="detokenize must be True when stop strings are given"):
+        SamplingParams(stop="a", detokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "greedy"),
+    [({"temperature": 0}, True), ({"temperature": 1e-6}, True), ({"top_k": 1}, True), ({"temperature": 0.01}, False)],
+)
+def test_greedy(fields, greedy):
+    assert SamplingParams(**fields).greedy is greedy
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("device", "gpu"),
+        ("dtype", "fp16"),
+        ("block_size", 12),
+        ("max_model_len", 1),
+        ("max_model_len", 2.0),
+        ("max_num_seqs", 0),
+        ("max_num_batched_tokens", 0),
+        ("gpu_memory_utilization", 0),
+        ("gpu_memory_utilization", 1.1),
+        ("gpu_memory_utilization", math.nan),
+        ("kv_cache_memory_bytes", 0),
+        ("kv_cache_memory_bytes", 1e9),
+        ("seed", "x"),
+    ],
+)
+def test_engine_options_that_make_no_sense_are_named(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be .*; got "):
+        EngineConfig(**{name: value})
