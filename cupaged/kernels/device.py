@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from cupaged.errors import DeviceError
+from cupaged.kernels.nvrtc import load_nvrtc
 
 MIN_COMPUTE_CAPABILITY = 80
 
@@ -37,12 +38,11 @@ _override: DeviceInfo | None = None
 @functools.cache
 def _query_device() -> DeviceInfo:
     import cupy
-    from cupy_backends.cuda.libs import nvrtc
 
     device = cupy.cuda.Device()
     attributes = device.attributes
     return DeviceInfo(
-        arch=choose_arch(int(device.compute_capability), nvrtc.getSupportedArchs()),
+        arch=choose_arch(int(device.compute_capability), load_nvrtc().getSupportedArchs()),
         num_sms=attributes["MultiProcessorCount"],
         max_shared_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
     )

@@ -52,12 +52,8 @@ def programs(request):
     names = {file: [name for source, name in instantiations() if source == file] for file in SOURCES}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         cases = [item.callspec.params for item in request.session.items if "programs" in item.fixturenames]
-        yield {
-            (case["file"], case["arch"]): pool.submit(
-                compiler.compile_program, case["file"], names[case["file"]], case["arch"]
-            )
-            for case in cases
-        }
+        keys = [(case["file"], case["arch"]) for case in cases]
+        yield {(file, arch): pool.submit(compiler.compile_program, file, names[file], arch) for file, arch in keys}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -137,6 +133,20 @@ def test_a_compile_error_names_file_kernel_and_line(sources, source, name, compl
     assert "\n" not in message
 
 
+def test_a_machine_without_nvrtc_is_told_what_to_install():
+    code = """
+import cuda.pathfinder
+def find_nothing(name):
+    raise cuda.pathfinder.DynamicLibNotFoundError(name)
+cuda.pathfinder.load_nvidia_dynamic_lib = find_nothing
+from cupaged.kernels.nvrtc import load_nvrtc
+load_nvrtc()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "DeviceError: NVRTC" in result.stderr
+    assert "pip install nvidia-cuda-nvrtc-cu12" in result.stderr
+
+
 def test_kernels_compile_in_parallel_into_the_cache(sources, monkeypatch):
     kernels = [("scale.cu", f"scale<{factor}>") for factor in range(4)]
     compiler.compile_kernels(kernels, "sm_80", num_threads=2)
@@ -179,7 +189,7 @@ def test_cuda_headers_options_compiler_name_and_architecture_are_in_the_key(sour
             def getVersion(self):
                 return 99, 9
 
-        patch.setattr(compiler, "_nvrtc", OtherNvrtc)
+        patch.setattr(compiler, "load_nvrtc", OtherNvrtc)
         keys.add(compiler.cache_key("scale.cu", "scale<3>", "sm_80"))
     with monkeypatch.context() as patch:
         (tmp_path / "cuda_fp16.h").write_text("// other CUDA headers\n")
