@@ -1,4 +1,4 @@
-"""The kernels on the CPU: cuda_src/*.cu compiled by g++ against the headers in include/, run by the runtime beside them.
+"""The kernels on the CPU: cuda_src/*.cu compiled by g++ against include/, run by the runtime beside this file.
 
     set_loader(HostLoader())   # from now on launchers take NumPy arrays
 
@@ -27,19 +27,19 @@ HOST_DIR = Path(__file__).resolve().parent
 INCLUDE_DIR = HOST_DIR / "include"
 RUNTIME_SOURCES = ("runtime.cpp", "memory.cpp", "ptx.cpp")
 
-COMMON_FLAGS = ("-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti")
+COMMON_FLAGS = ("-std=c++17", "-g1", "-gdwarf-4", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti")
 RUNTIME_FLAGS = (*COMMON_FLAGS, "-O2")
 KERNEL_FLAGS = (
     *COMMON_FLAGS,
     "-O1",
     "-fno-gnu-unique",  # static shared memory of one library must not be merged with another's
     "-fno-strict-aliasing",  # CUDA code reads registers as other types
+    "-fno-threadsafe-statics",  # g++ guards static arrays of classes; poison in a guard reads as "done"
     "-ffp-contract=off",
     "-ftrivial-auto-var-init=pattern",  # a local that nobody set holds the same large number each time
-    "-fsanitize=address,undefined,float-cast-overflow",
+    "-fsanitize=thread,undefined,float-cast-overflow",  # memory.cpp answers the calls that these put in
     "-fno-sanitize=vptr",
-    # Call out for every access instead of reading libasan's shadow inline: memory.cpp answers.
-    *("--param=asan-instrumentation-with-call-threshold=0", "--param=asan-stack=0", "--param=asan-globals=0"),
+    "--param=tsan-instrument-func-entry-exit=0",
     *("-Wno-attributes", "-Wno-unknown-pragmas"),
 )
 
@@ -141,11 +141,11 @@ class HostKernel:
             _region(array, True, f"an array {array.dtype}{array.shape}") for array in self._loader.allowed_arrays
         ]
         for index, (parameter, arg) in enumerate(zip(self._parameters, args, strict=True)):
-            kind = parameter.kind.decode()
-            if isinstance(arg, np.ndarray) and arg.dtype.names is None or kind in "pc" and isinstance(arg, np.ndarray):
+            is_pointer = parameter.kind in (b"p", b"c")
+            if isinstance(arg, np.ndarray) and (is_pointer or arg.dtype.names is None):
                 self._check_array(index, parameter, arg)
                 values.append(np.array(arg.ctypes.data, np.uint64))
-                regions.append(_region(arg, kind == "p", f"argument {index}, {arg.dtype}{arg.shape}"))
+                regions.append(_region(arg, parameter.kind == b"p", f"argument {index}, {arg.dtype}{arg.shape}"))
             else:
                 self._check_value(index, parameter, arg)
                 values.append(np.array(arg))
@@ -229,7 +229,7 @@ def _region(array: np.ndarray, writable: bool, name: str) -> _Region:
 
 def compile_kernel(path: Path, name: str) -> Path:
     """A shared library with instantiation `name` of the .cu file at path, from the cache or compiled into it."""
-    includes = (path.parent, INCLUDE_DIR)
+    includes = (path.parent, INCLUDE_DIR, SOURCE_DIR)
     source = f'#include "{path.name}"\n#include "entry.h"\nCUPAGED_HOST_KERNEL({name})\n'
     key = [source_digest(file, includes) for file in (path, INCLUDE_DIR / "shim.h", INCLUDE_DIR / "entry.h")]
     return _build(

@@ -1,14 +1,17 @@
-// memory.cpp: watches every access of a kernel. The compiler's AddressSanitizer and UndefinedBehaviorSanitizer passes
-// put the calls into the kernel; the functions that they call are here instead of in libasan and libubsan, since here
-// it is known which arrays the launch was given and which thread asks, and a finding ends the launch, not the process.
+// memory.cpp: watches every access of a kernel. The compiler puts the calls in, with -fsanitize=thread (one for each
+// access) and -fsanitize=undefined. The functions that they call are here instead of in the sanitizers' own libraries:
+// it is known here which arrays the launch was given and which thread asks, and a finding ends the launch, not the
+// process.
 //
 // Bounds: an access lies in one array of the launch, in shared memory, on the thread's stack or in constants.
 // Races:  in shared memory, two threads that touch a byte, one of them writing, have a __syncthreads between them, or a
 //         __syncwarp if they are of one warp. Nothing else orders them (a shuffle does not).
-#include <dlfcn.h>
 #include <link.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <string.h>
+
+#include <algorithm>
 
 #include "state.h"
 
@@ -105,30 +108,36 @@ void access_shared(SharedMemory& memory, const unsigned char* p, unsigned size, 
 
 // -- bounds -------------------------------------------------------------------------------------------------
 
-// The constants of the shared library that holds address become readable; returns where it begins.
-void* add_image(const void* address) {
+// The constants of the kernel's shared library become readable; returns where it begins.
+void* add_constants(const void* kernel) {
   struct Search {
-    uintptr_t address, begin, end;
-  } search{reinterpret_cast<uintptr_t>(address), 0, 0};
+    uintptr_t address, begin;
+  } search{reinterpret_cast<uintptr_t>(kernel), 0};
   dl_iterate_phdr(
       [](dl_phdr_info* info, size_t, void* data) {
         auto& search = *static_cast<Search*>(data);
-        uintptr_t begin = ~uintptr_t(0), end = 0;
-        for (int i = 0; i < info->dlpi_phnum; ++i) {
-          const auto& header = info->dlpi_phdr[i];
-          if (header.p_type != PT_LOAD) continue;
-          begin = begin < info->dlpi_addr + header.p_vaddr ? begin : info->dlpi_addr + header.p_vaddr;
-          const uintptr_t last = info->dlpi_addr + header.p_vaddr + header.p_memsz;
-          end = end > last ? end : last;
+        const auto holds = [&](const auto& header) {
+          const uintptr_t begin = info->dlpi_addr + header.p_vaddr;
+          return header.p_type == PT_LOAD && search.address >= begin && search.address < begin + header.p_memsz;
+        };
+        const auto* const end = info->dlpi_phdr + info->dlpi_phnum;
+        if (std::none_of(info->dlpi_phdr, end, holds)) return 0;
+        search.begin = info->dlpi_addr;
+        for (const auto* header = info->dlpi_phdr; header != end; ++header) {
+          if (header->p_type != PT_LOAD || header->p_flags & PF_W) continue;
+          const auto* begin = reinterpret_cast<const unsigned char*>(info->dlpi_addr + header->p_vaddr);
+          regions.push_back({begin, begin + header->p_memsz, 0, "the constants of the kernel"});
         }
-        if (search.address < begin || search.address >= end) return 0;
-        search.begin = begin, search.end = end;
         return 1;
       },
       &search);
-  regions.push_back({reinterpret_cast<unsigned char*>(search.begin), reinterpret_cast<unsigned char*>(search.end), 0,
-                     "the constants of the kernel"});
   return reinterpret_cast<void*>(search.begin);
+}
+
+template <typename T>
+void add_builtin(const T& variable, const char* name) {
+  const auto* begin = reinterpret_cast<const unsigned char*>(&variable);
+  regions.push_back({begin, begin + sizeof variable, 0, name});
 }
 
 bool region_allows(const Region& region, const unsigned char* p, unsigned size, Access kind) {
@@ -171,10 +180,13 @@ void access(const void* address, unsigned size, Access kind) {
   out_of_bounds(p, size, kind);
 }
 
-void atomic_access(const void* address, unsigned size) {
+void atomic_read(const void* address, void* old, unsigned size) {
   ENTER();
   access(address, size, Access::kAtomic);
+  memcpy(old, address, size);
 }
+
+void atomic_write(void* address, const void* value, unsigned size) { memcpy(address, value, size); }
 
 unsigned char* dynamic_shared() { return shared[0].begin; }
 
@@ -186,8 +198,11 @@ void begin_launch() {
   for (SharedMemory& memory : shared) memory.cells.assign(memory.end - memory.begin, Cell{});
   block_epoch = 0;
   regions.assign(launch->regions, launch->regions + launch->num_regions);
-  launch->image = add_image(reinterpret_cast<const void*>(launch->call));
-  add_image(&threadIdx);
+  launch->image = add_constants(reinterpret_cast<const void*>(launch->call));
+  add_builtin(threadIdx, "threadIdx");
+  add_builtin(blockIdx, "blockIdx");
+  add_builtin(blockDim, "blockDim");
+  add_builtin(gridDim, "gridDim");
   latest_region = 0;
 }
 
@@ -217,36 +232,35 @@ void drop_copy(void* dst) {
 
 }  // namespace host
 
-// -- what -fsanitize=address calls --------------------------------------------------------------------------
+// -- what -fsanitize=thread calls ---------------------------------------------------------------------------
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-#define ASAN_ACCESS(name, size, kind)                 \
-  EXPORT void name(const void* address) {             \
-    ENTER();                                          \
-    host::access(address, size, host::Access::kind);  \
+#define WATCH(suffix, kind)                                                                    \
+  EXPORT void __tsan_##suffix(const void* address, size_t size) {                              \
+    ENTER();                                                                                   \
+    host::access(address, unsigned(size), host::Access::kind);                                 \
   }
-ASAN_ACCESS(__asan_load1, 1, kRead)
-ASAN_ACCESS(__asan_load2, 2, kRead)
-ASAN_ACCESS(__asan_load4, 4, kRead)
-ASAN_ACCESS(__asan_load8, 8, kRead)
-ASAN_ACCESS(__asan_load16, 16, kRead)
-ASAN_ACCESS(__asan_store1, 1, kWrite)
-ASAN_ACCESS(__asan_store2, 2, kWrite)
-ASAN_ACCESS(__asan_store4, 4, kWrite)
-ASAN_ACCESS(__asan_store8, 8, kWrite)
-ASAN_ACCESS(__asan_store16, 16, kWrite)
-EXPORT void __asan_loadN(const void* address, size_t size) {
-  ENTER();
-  host::access(address, unsigned(size), host::Access::kRead);
-}
-EXPORT void __asan_storeN(const void* address, size_t size) {
-  ENTER();
-  host::access(address, unsigned(size), host::Access::kWrite);
-}
-EXPORT void __asan_init() {}
-EXPORT void __asan_handle_no_return() {}
-EXPORT void __asan_version_mismatch_check_v8() {}
+#define WATCH_SIZE(suffix, size, kind)                                                         \
+  EXPORT void __tsan_##suffix##size(const void* address) {                                     \
+    ENTER();                                                                                   \
+    host::access(address, size, host::Access::kind);                                           \
+  }
+#define WATCH_SIZES(suffix, kind)                                                              \
+  WATCH_SIZE(suffix, 1, kind)                                                                  \
+  WATCH_SIZE(suffix, 2, kind)                                                                  \
+  WATCH_SIZE(suffix, 4, kind)                                                                  \
+  WATCH_SIZE(suffix, 8, kind)                                                                  \
+  WATCH_SIZE(suffix, 16, kind)
+WATCH_SIZES(read, kRead)
+WATCH_SIZES(write, kWrite)
+WATCH_SIZES(unaligned_read, kRead)
+WATCH_SIZES(unaligned_write, kWrite)
+WATCH_SIZES(volatile_read, kRead)
+WATCH_SIZES(volatile_write, kWrite)
+WATCH(read_range, kRead)
+WATCH(write_range, kWrite)
+EXPORT void __tsan_init() {}
 
 // -- what -fsanitize=undefined calls ------------------------------------------------------------------------
 

@@ -42,13 +42,13 @@ template <typename... P>
 Parameters<P...> parameters_of(void (*)(P...));
 
 template <typename... P, std::size_t... I>
-__attribute__((no_sanitize("address", "undefined"))) inline void call(void (*kernel)(P...), void* const* args,
+__attribute__((no_sanitize("thread", "undefined"))) inline void call(void (*kernel)(P...), void* const* args,
                                                                       std::index_sequence<I...>) {
   kernel(*static_cast<P*>(args[I])...);
 }
 
 template <typename... P>
-__attribute__((no_sanitize("address", "undefined"))) inline void call(void (*kernel)(P...), void* const* args) {
+__attribute__((no_sanitize("thread", "undefined"))) inline void call(void (*kernel)(P...), void* const* args) {
   call(kernel, args, std::index_sequence_for<P...>());
 }
 
@@ -56,7 +56,7 @@ __attribute__((no_sanitize("address", "undefined"))) inline void call(void (*ker
 
 extern "C" __attribute__((visibility("hidden"))) unsigned char __bss_start[], _end[];
 
-#define CUPAGED_EXPORT extern "C" __attribute__((visibility("default"), no_sanitize("address", "undefined")))
+#define CUPAGED_EXPORT extern "C" __attribute__((visibility("default"), no_sanitize("thread", "undefined")))
 
 // kernel: one instantiation, as a name expression.
 #define CUPAGED_HOST_KERNEL(...)                                                        \

@@ -46,7 +46,8 @@ void match(const char* name, unsigned mask, unsigned long long (&values)[32], un
 // -- memory -------------------------------------------------------------------------------------------------
 
 unsigned char* dynamic_shared();
-void atomic_access(const void* address, unsigned size);  // called before an atomic operation reads and writes
+void atomic_read(const void* address, void* old, unsigned size);  // an atomic operation is these two, in this order
+void atomic_write(void* address, const void* value, unsigned size);
 
 // -- PTX ----------------------------------------------------------------------------------------------------
 

@@ -128,26 +128,28 @@ CUPAGED_WARP_REDUCE(__reduce_xor_sync, unsigned, a ^ b)
 
 // -- memory -------------------------------------------------------------------------------------------------
 
-// Fibers switch only at collectives, so plain reads and writes are atomic here; the access is still checked.
-#define CUPAGED_ATOMIC(name, type, expression)                                                                       \
-  __attribute__((no_sanitize("address"))) inline type name(type* address, type value) {                              \
-    host::atomic_access(address, sizeof(type));                                                                      \
-    const type old = *address;                                                                                       \
-    *address = expression;                                                                                           \
-    return old;                                                                                                      \
+// Fibers switch only at collectives, so that reading and then writing is atomic here.
+#define CUPAGED_ATOMIC(name, type, expression)               \
+  inline type name(type* address, type value) {              \
+    type old;                                                \
+    host::atomic_read(address, &old, sizeof(type));          \
+    const type result = expression;                          \
+    host::atomic_write(address, &result, sizeof(type));      \
+    return old;                                              \
   }
-#define CUPAGED_ATOMICS(type)                                                                                        \
-  CUPAGED_ATOMIC(atomicMax, type, old > value ? old : value)                                                         \
-  CUPAGED_ATOMIC(atomicMin, type, old < value ? old : value)                                                         \
-  CUPAGED_ATOMIC(atomicExch, type, value)                                                                            \
-  CUPAGED_ATOMIC(atomicOr, type, old | value)                                                                        \
-  CUPAGED_ATOMIC(atomicAnd, type, old & value)                                                                       \
-  CUPAGED_ATOMIC(atomicXor, type, old ^ value)                                                                       \
-  __attribute__((no_sanitize("address"))) inline type atomicCAS(type* address, type compare, type value) {           \
-    host::atomic_access(address, sizeof(type));                                                                      \
-    const type old = *address;                                                                                       \
-    if (old == compare) *address = value;                                                                            \
-    return old;                                                                                                      \
+#define CUPAGED_ATOMICS(type)                                \
+  CUPAGED_ATOMIC(atomicMax, type, old > value ? old : value) \
+  CUPAGED_ATOMIC(atomicMin, type, old < value ? old : value) \
+  CUPAGED_ATOMIC(atomicExch, type, value)                    \
+  CUPAGED_ATOMIC(atomicOr, type, old | value)                \
+  CUPAGED_ATOMIC(atomicAnd, type, old & value)               \
+  CUPAGED_ATOMIC(atomicXor, type, old ^ value)               \
+  inline type atomicCAS(type* address, type compare, type value) { \
+    type old;                                                \
+    host::atomic_read(address, &old, sizeof(type));          \
+    const type result = old == compare ? value : old;        \
+    host::atomic_write(address, &result, sizeof(type));      \
+    return old;                                              \
   }
 CUPAGED_ATOMICS(int)
 CUPAGED_ATOMICS(unsigned)
