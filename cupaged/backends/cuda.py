@@ -30,6 +30,7 @@ from cupaged.kernels.rms_norm import add_rms_norm, rms_norm
 from cupaged.kernels.rope import rope_and_store_kv
 from cupaged.kernels.sampler import sample
 from cupaged.memory.arena import KVArena
+from cupaged.memory.budget import format_bytes
 
 STAGING_BYTES = 8 << 20  # of each pinned buffer: one fills while the other is copied
 PART_ALIGNMENT = 16  # bytes; where the arrays of a batch begin in their common buffer, for vector loads
@@ -199,9 +200,9 @@ class CudaBackend:
         except MemoryError:  # CuPy's own is one of them
             wanted, (free, total) = math.prod(shape) * dtype.itemsize, self.memory_info()
         raise OutOfMemoryError(
-            f"the GPU has too little memory: {wanted / 1e9:.3f} GB wanted for an array {tuple(shape)} {dtype}, "
-            f"{free / 1e9:.3f} of {total / 1e9:.3f} GB free; lower kv_cache_memory_bytes, max_num_batched_tokens or "
-            "max_model_len, or take a smaller model"
+            f"the GPU has too little memory: {format_bytes(wanted)} wanted for an array {tuple(shape)} {dtype}, "
+            f"{format_bytes(free)} of {format_bytes(total)} free; lower kv_cache_memory_bytes, "
+            "max_num_batched_tokens or max_model_len, or take a smaller model"
         )
 
     def copy_in(self, dst: Array, src: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 The models are those of tests/model, whose logits transformers computed in float32.
 """
 
+import ctypes
 import functools
 import sys
 import types
@@ -19,7 +20,7 @@ from cupaged.backends.cuda import CudaBackend, needed_kernels, open_cuda, probe
 from cupaged.backends.reference import ReferenceBackend
 from cupaged.engine.batch import Batch
 from cupaged.errors import DeviceError, OutOfMemoryError
-from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32
+from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32, HALF_TYPES
 from cupaged.kernels.compile import set_loader
 from cupaged.kernels.device import DeviceInfo, set_device_info
 from cupaged.weights.checkpoint import Checkpoint
@@ -30,7 +31,7 @@ H100 = DeviceInfo("sm_90a", num_sms=132, max_shared_bytes=232448)
 
 
 class NumpyDevice:
-    """CupyDevice over NumPy, with memory that starts as NaN.
+    """CupyDevice over NumPy arrays, with memory that starts as NaN.
 
     Copies run as late as they may: when somebody waits for them or for a later one, when a kernel is launched or a
     result is read. So a buffer that is filled again too early shows.
@@ -48,8 +49,12 @@ class NumpyDevice:
     def pinned(self, num_bytes):
         return np.empty(num_bytes, np.uint8)
 
+    def as_numpy(self, array):
+        """The array's memory as a NumPy array."""
+        return array
+
     def start_copy(self, dst, src):
-        copy = dst.reshape(-1).view(np.uint8), src
+        copy = self.as_numpy(dst).reshape(-1).view(np.uint8), src
         self._copies.append(copy)
 
         def wait():
@@ -68,7 +73,7 @@ class NumpyDevice:
 
     def to_host(self, src):
         self.flush()
-        return src.copy()
+        return self.as_numpy(src).copy()
 
     def address(self, array):
         return array.ctypes.data
@@ -77,20 +82,53 @@ class NumpyDevice:
         return 3_000_000_000, 4_000_000_000
 
 
-@pytest.fixture
-def host_build(runner, monkeypatch):
+class CupyArraysDevice(NumpyDevice):
+    """CuPy's own arrays over the host's memory: without a GPU they can be sliced, reshaped, viewed and passed on. What
+    a launcher or the backend asks of an array, CuPy must be able to answer."""
+
+    def __init__(self, runner):
+        super().__init__(runner)
+        import cupy
+
+        self._cupy = cupy
+
+    def empty(self, shape, dtype):
+        with self._cupy.cuda.using_allocator(self._allocate):
+            return self._cupy.empty(shape, dtype)
+
+    def _allocate(self, num_bytes):
+        memory = self._runner.empty((num_bytes + 256,), np.uint8)
+        start = -memory.ctypes.data % 256  # as a GPU's memory is aligned
+        unowned = self._cupy.cuda.UnownedMemory(memory.ctypes.data, memory.nbytes, memory, 0)
+        return self._cupy.cuda.MemoryPointer(unowned, start)
+
+    def as_numpy(self, array):
+        if not isinstance(array, self._cupy.ndarray):
+            return array
+        if array.size == 0:
+            return np.empty(array.shape, array.dtype)
+        assert array.flags.c_contiguous
+        memory = (ctypes.c_uint8 * array.nbytes).from_address(array.data.ptr)
+        return np.frombuffer(memory, np.uint8).view(array.dtype).reshape(array.shape)
+
+    def address(self, array):
+        return array.data.ptr
+
+
+@pytest.fixture(params=[NumpyDevice, CupyArraysDevice])
+def host_build(request, runner, monkeypatch):
     """(device, names of the kernels that were loaded); nothing is compiled ahead."""
     if not hasattr(runner, "loader"):
         pytest.skip("runs over the host build; a GPU has the tests of whole models")
-    device, loaded = NumpyDevice(runner), set()
+    device, loaded = request.param(runner), set()
 
     def load(file, name):
         loaded.add((file, name))
         kernel = runner.loader(file, name)
 
-        def launch(*args, **kwargs):
+        def launch(grid, block, args, shared_mem=0):
             device.flush()
-            kernel(*args, **kwargs)
+            kernel(grid, block, tuple(map(device.as_numpy, args)), shared_mem)
 
         return launch
 
@@ -188,8 +226,15 @@ def rms(x: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
 
 
-@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
-@pytest.mark.parametrize("name", ["llama", "llama_untied", "mistral", "qwen2", "qwen3"])
+MODELS = ["llama", "llama_untied", "mistral", "qwen2", "qwen3"]
+WHOLE_MODELS = [
+    *((NumpyDevice, name, dtype) for name in MODELS for dtype in HALF_TYPES),
+    (CupyArraysDevice, "qwen2", FLOAT16),
+    (CupyArraysDevice, "qwen3", BFLOAT16),
+]
+
+
+@pytest.mark.parametrize(("host_build", "name", "dtype"), WHOLE_MODELS, indirect=["host_build"])
 def test_whole_models_err_no_more_than_a_plain_implementation(host_build, name, dtype):
     device, loaded = host_build
     expected = np.tile(golden(name)["logits"], (2, 1))
@@ -319,7 +364,7 @@ def test_out_of_memory_says_how_much_and_what_to_do(backend, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(backend._device, "empty", fail)
-    expected = r"2\.000 GB wanted .* 3\.000 of 4\.000 GB free; lower kv_cache_memory_bytes"
+    expected = r"1\.86 GiB wanted .* 2\.79 GiB of 3\.73 GiB free; lower kv_cache_memory_bytes"
     with pytest.raises(OutOfMemoryError, match=expected) as caught:
         backend.empty((1000, 1_000_000), BFLOAT16)
     assert "\n" not in str(caught.value)
