@@ -35,8 +35,8 @@ class ChatTemplate:
             raise CheckpointError(f"{self._where}: chat template, line {error.lineno}: {error.message}") from None
         try:
             return template.render(messages=messages, **variables)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise ValueError(f"the chat template refuses these messages: {error}") from None
+        except Exception as error:  # a template is a program: it may fail in any way
+            raise ValueError(f"the chat template refuses these messages: {' '.join(str(error).split())}") from None
 
 
 @functools.lru_cache(maxsize=8)

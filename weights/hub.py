@@ -52,13 +52,13 @@ def resolve(model: str | Path | None = None, offline: bool = False, progress: Pr
     offline: never touch the network. progress: gets a line for each thing that takes time.
     Raises ModelNotFoundError that says what was looked for and how to mend it.
     """
-    if model is not None and Path(model).exists():
+    if model and Path(model).exists():
         return Path(model)
     name = DEFAULT_MODEL if model is None else SHORT_NAMES.get(str(model).lower(), str(model))
     match = _HUB_ID.fullmatch(name)
     if match is None or name.endswith(".gguf"):
         raise ModelNotFoundError(
-            f"{model}: no such directory or .gguf file, nor a hub id (org/name) or one of {', '.join(SHORT_NAMES)}"
+            f"'{model}': no such directory or .gguf file, nor a hub id (org/name) or one of {', '.join(SHORT_NAMES)}"
         )
     wanted = _HubModel(*match.groups())
     if wanted.directory.is_dir():
