@@ -36,7 +36,6 @@ FLAGS = ("-std=c++17", "-lineinfo")
 
 MAX_DEFAULT_SHARED_BYTES = 48 << 10  # dynamic shared memory that a launch gets without asking
 
-
 NULL = np.uint64(0)  # as a kernel's argument: a null pointer, for an array that is absent
 
 

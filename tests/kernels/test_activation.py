@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from kernel_tools import SMALLEST_SUBNORMAL, UNIT_ROUNDOFF, assert_close, poisoned
 
 from cupaged.kernels.activation import ELEMENTS_PER_THREAD, NUM_THREADS, silu_and_mul
 from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32, HALF_TYPES
+from kernel_tools import SMALLEST_SUBNORMAL, UNIT_ROUNDOFF, assert_close, poisoned
 
 CHUNK = NUM_THREADS * ELEMENTS_PER_THREAD  # of a row, that one thread block takes
 

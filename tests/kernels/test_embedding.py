@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from kernel_tools import FLOAT_DTYPES, is_poison, poisoned
 
 from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32
 from cupaged.kernels.embedding import NUM_THREADS, embedding
+from kernel_tools import FLOAT_DTYPES, is_poison, poisoned
 
 
 def bits(array: np.ndarray) -> np.ndarray:

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from kernel_tools import SMALLEST_SUBNORMAL, UNIT_ROUNDOFF, assert_close, poisoned
 
 from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32, HALF_TYPES
 from cupaged.kernels.rms_norm import MAX_HIDDEN_SIZE, TILES, add_rms_norm, rms_norm
+from kernel_tools import SMALLEST_SUBNORMAL, UNIT_ROUNDOFF, assert_close, poisoned
 
 EPS = 1e-5
 

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from kernel_tools import SMALLEST_SUBNORMAL, UNIT_ROUNDOFF, PagedCache, assert_close, is_poison
 
 from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32
 from cupaged.kernels.rope import rope_and_store_kv
 from cupaged.memory.arena import KVArena, KVLayout
+from kernel_tools import SMALLEST_SUBNORMAL, UNIT_ROUNDOFF, PagedCache, assert_close, is_poison
 
 EPS = 1e-6
 MAX_POSITIONS = 9000
