@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+
 from kernel_tools import SMALLEST_SUBNORMAL, UNIT_ROUNDOFF
 
 

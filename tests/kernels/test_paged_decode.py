@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from attention_tools import assert_teeth, attention_reference, pack_qkv, pointed_query
-from kernel_tools import PagedCache, assert_close, is_poison, poisoned
 
+from attention_tools import assert_teeth, attention_reference, pack_qkv, pointed_query
 from cupaged.kernels import paged_decode as paged_decode_module
 from cupaged.kernels.checks import BFLOAT16, FLOAT16
 from cupaged.kernels.paged_decode import MIN_SPLIT, decode_workspace_size, max_splits, paged_decode
+from cupaged.memory.arena import KVLayout
+from kernel_tools import HostRunner, PagedCache, assert_close, is_poison, poisoned
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,53 @@ def test_scores_that_overflow_without_the_maximum(runner, rng):
 
     expected, bound = attention_reference(query[0], cache.keys[0], cache.values[0], sm_scale=case.head_dim**-0.5)
     assert_close(out, expected.reshape(out.shape), atol=bound.reshape(out.shape))
+
+
+def test_addresses_beyond_2_31_elements(runner, rng, tmp_path):
+    """One slab with 2^32 elements of keys and as many of values, and a block at its very end."""
+    layout = KVLayout(1, 8, 64, 256, BFLOAT16, blocks_per_slab=1 << 15)
+    slab = huge_array(runner, tmp_path, layout.slab_shape, layout.dtype)
+    slab_table = runner.array(np.array([runner.address(slab)], np.uint64))
+    keys, values = rng.standard_normal((2, 33, 8, 256)).astype(BFLOAT16)
+    block_id = layout.blocks_per_slab - 1
+    for part, rows in enumerate((keys, values)):
+        block = np.full((8, 64, 256), np.nan, BFLOAT16)
+        block[:, :33] = rows.transpose(1, 0, 2)
+        runner.copy_in(slab[0, part, block_id], block)
+    case = Case(256, 64, 8, 1, (33,))
+    query = pointed_query(rng, keys, [0, 32], 1)[None]
+    out = runner.array(poisoned((1, 8 * 256), BFLOAT16))
+
+    paged_decode(
+        out,
+        runner.array(pack_qkv(query, 8)),
+        SimpleNamespace(layout=layout, slab_table_address=runner.address(slab_table)),
+        0,
+        runner.array(np.array([[block_id]], np.int32)),
+        runner.array(np.array([33], np.int32)),
+        make_workspace(runner, case),
+        num_heads=8,
+        num_decodes=1,
+        max_seq_len=33,
+        sm_scale=256**-0.5,
+    )
+
+    expected, bound = attention_reference(query[0], keys, values, sm_scale=256**-0.5)
+    assert_close(runner.host(out), expected.reshape(1, -1), atol=bound.reshape(1, -1))
+
+
+def huge_array(runner, folder, shape: tuple[int, ...], dtype: np.dtype):
+    """An uninitialised array of which a test touches little; on the host a file with holes, larger than the memory."""
+    if isinstance(runner, HostRunner):
+        array = np.memmap(folder / "array", dtype, "w+", shape=shape)
+        runner.loader.allow(array)
+        return array
+    import cupy
+
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if cupy.cuda.runtime.memGetInfo()[0] < num_bytes + (1 << 30):
+        pytest.skip(f"needs a GPU with {(num_bytes >> 30) + 1} GiB of free memory")
+    return cupy.empty(shape, dtype)
 
 
 def test_no_decodes_launch_nothing(runner, rng):

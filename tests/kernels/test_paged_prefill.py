@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from attention_tools import assert_teeth, attention_reference, pack_qkv, pointed_query
-from kernel_tools import PagedCache, assert_close, is_poison, poisoned
 
+from attention_tools import assert_teeth, attention_reference, pack_qkv, pointed_query
 from cupaged.kernels import paged_prefill as paged_prefill_module
 from cupaged.kernels.checks import BFLOAT16, FLOAT16
 from cupaged.kernels.paged_prefill import paged_prefill
+from kernel_tools import PagedCache, assert_close, is_poison, poisoned
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ CASES = [
     Case(64, 16, 1, 2, ((90, 90), (5, 200)), window=1),
     Case(64, 16, 2, 3, ((60, 130), (150, 150)), window=13),
     Case(128, 8, 1, 1, ((130, 300),), window=64),
+    # and windows that begin at the last key of a tile for a warp's first row, at the second for a warp's last row
+    *(Case(64, 16, 1, 1, ((64, 192),), window=window) for window in (95, 98, 127)),
     Case(64, 32, 1, 4, ((40, 333), (2, 101)), window=101, dtype=FLOAT16),
     Case(256, 16, 1, 1, ((70, 150),), window=45),
     Case(80, 16, 1, 2, ((50, 80),), window=1000),
