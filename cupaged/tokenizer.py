@@ -138,8 +138,12 @@ class IncrementalDecoder:
     def push(self, token_id: int) -> str:
         if token_id in self._skipped_ids:
             return ""
-        piece = self._token_bytes.at_start(token_id) if self._at_start else self._token_bytes[token_id]
-        self._at_start = False
+        piece = self._token_bytes[token_id]
+        if not piece:  # no token has this id
+            return ""
+        if self._at_start:
+            piece = self._token_bytes.at_start(token_id)
+            self._at_start = False
         return self._utf8.decode(piece)
 
     def flush(self) -> str:
@@ -176,7 +180,8 @@ class _TokenBytes(dict):
     def at_start(self, token_id: int) -> bytes:
         """The bytes of a text's first token."""
         piece = self._raw_bytes(token_id)
-        return self._decode([token_id]).encode() if piece is None else piece
+        is_whole_text = piece is None or (self._byte_fallback and piece.isascii())
+        return self._decode([token_id]).encode() if is_whole_text else piece
 
     def _raw_bytes(self, token_id: int) -> bytes | None:
         """The token's own bytes where it stands for bytes, None where it stands for text."""

@@ -107,7 +107,10 @@ class TestDecoding:
         ids = [tokenizer.backend.token_to_id(token) for token in ["▁a", "▁a", "▁", "▁▁", "b"]]
         assert pieces_of(tokenizer, ids, True) == ["a", " a", " ", "  ", "b", ""]
         assert pieces_of(tokenizer, ids[2:], True) == ["", "  ", "b", ""]
-        assert pieces_of(tokenizer, [1, *ids], True) == ["", "a", " a", " ", "  ", "b", ""]  # <s> is skipped
+        nothing = [1, tokenizer.vocab_size]  # <s>, which is skipped, and an id without a token
+        assert pieces_of(tokenizer, [*nothing, *ids], True) == ["", "", "a", " a", " ", "  ", "b", ""]
+        space = tokenizer.backend.token_to_id("<0x20>")  # spelled in bytes it is taken off as well
+        assert pieces_of(tokenizer, [space, space], True) == ["", " ", ""]
 
     def test_special_tokens(self):
         tokenizer = ours(byte_level())
