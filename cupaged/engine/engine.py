@@ -148,9 +148,9 @@ class Engine:
                     self.scheduler.finish(seq, "error")
                 self._requests.pop(seq.request.request_id, None)
             raise
-        for seq in touched:
-            if seq.request.finished:
-                del self._requests[seq.request.request_id]
+        for output in outputs:
+            if output.finished:
+                del self._requests[output.request_id]
         return outputs
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -317,7 +317,7 @@ class Engine:
     def _output(self, seq: Sequence) -> RequestOutput | None:
         """What to tell of `seq` after a step; None when its request is to be told of at its end only."""
         request, kind = seq.request, seq.request.params.output_kind
-        finished = request.finished
+        finished = seq.state is SequenceState.FINISHED and request.finished
         if finished:
             request.metrics.finished_time = time.monotonic()
         elif kind is RequestOutputKind.FINAL_ONLY:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -72,15 +74,23 @@ class KVArena:
 
     backend: gives the memory (`Backend.empty`, CuPy's current allocator on a GPU) and the copies.
     max_blocks: the most blocks the cache may reach; growth stops at whole slabs below it.
+    allocate: where slabs come from instead; `Backend.empty_host` makes this a swap space.
     """
 
-    def __init__(self, layout: KVLayout, backend, max_blocks: int):
+    def __init__(
+        self,
+        layout: KVLayout,
+        backend,
+        max_blocks: int,
+        allocate: Callable[[tuple[int, ...], np.dtype], Any] | None = None,
+    ):
         self.layout = layout
         self.max_slabs = max(1, max_blocks // layout.blocks_per_slab)
         self.slabs: list = []
         self.slab_table = backend.empty((self.max_slabs,), np.int64)
         self.slab_table_address = backend.address(self.slab_table)
         self._backend = backend
+        self._allocate = allocate or backend.empty
         self._retry_time = 0.0  # on time.monotonic()'s clock
 
     @property
@@ -96,7 +106,7 @@ class KVArena:
         if len(self.slabs) == self.max_slabs or time.monotonic() < self._retry_time:
             return 0
         try:
-            slab = self._backend.empty(self.layout.slab_shape, self.layout.dtype)
+            slab = self._allocate(self.layout.slab_shape, self.layout.dtype)
         except OutOfMemoryError:
             self._retry_time = time.monotonic() + GROW_RETRY_SECONDS
             return 0
