@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from kernel_tools import assert_close, poisoned
 from sampling_tools import random_logits
 
 from cupaged.kernels.logprobs import NUM_THREADS, logprobs
 from cupaged.sampling_params import MAX_LOGPROBS
+from kernel_tools import assert_close, poisoned
 
 INF, NAN = np.inf, np.nan
 

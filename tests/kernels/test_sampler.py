@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from kernel_tools import poisoned
-from sampling_tools import make_rows, random_logits
+from sampling_tools import EXACT_TEMPERATURE, draw_limit, make_rows, random_logits, top_p_limit
 
 from cupaged.backends import sampling_reference
 from cupaged.backends.base import SAMPLING_ROW
 from cupaged.kernels.sampler import NUM_THREADS, sample
+from kernel_tools import poisoned
 
 INF, NAN = np.inf, np.nan
 
@@ -74,6 +74,24 @@ def test_many_draws_from_one_row(runner, filters):
     assert tokens == reference(np.tile(logits, (num_draws, 1)), rows, 8)
     kept = np.flatnonzero(sampling_reference.kept_masses(logits, rows[0]) >= 2**36)
     assert set(kept) <= set(tokens)
+
+
+def test_top_p_is_exact_to_the_unit(runner):
+    for reached, num_kept in [(True, 1), (False, 2)]:
+        logits, top_p = top_p_limit(reached)
+        rows = make_rows(100, counter=np.arange(100), temperature=EXACT_TEMPERATURE, top_p=top_p)
+        assert set(run(runner, np.tile(logits, (100, 1)), rows, logits.size)) == set(range(num_kept))
+
+
+@pytest.mark.parametrize("spread", [1, 40])
+def test_a_draw_on_the_limit_belongs_to_the_next_token(runner, spread):
+    """Side by side, and with `spread` ids from one token to the next, so that warps part at the limit."""
+    for counter in range(5):
+        logits, token = draw_limit(sampling_reference.philox_u64(1, counter))
+        spaced = np.full((1, logits.size * spread), -INF, np.float32)
+        spaced[0, ::spread] = logits
+        rows = make_rows(temperature=EXACT_TEMPERATURE, seed=1, counter=counter)
+        assert run(runner, spaced, rows, spaced.size) == [token * spread]
 
 
 def test_ties_stay_and_fall_to_the_lowest_id(runner):

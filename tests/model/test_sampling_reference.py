@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from sampling_tools import make_rows, random_logits
+from sampling_tools import EXACT_TEMPERATURE, draw_limit, make_rows, random_logits, top_p_limit
 
 from cupaged.backends.sampling_reference import kept_masses, logprobs, philox4x32, philox_u64, sample, token_masses
 
@@ -127,6 +127,13 @@ def test_top_p_counts_what_top_k_and_min_p_left():
     assert np.flatnonzero(kept_masses(logits, make_rows(min_p=0.7, top_p=0.56)[0])).tolist() == [1]
 
 
+def test_top_p_is_exact_to_the_unit():
+    for reached, num_kept in [(True, 1), (False, 2)]:
+        logits, top_p = top_p_limit(reached)
+        kept = kept_masses(logits, make_rows(temperature=EXACT_TEMPERATURE, top_p=top_p)[0])
+        assert np.flatnonzero(kept).tolist() == list(range(num_kept))
+
+
 def test_ties_with_the_last_kept_token_stay():
     logits = np.float32([1, 5, 3, 3, -0.0, 3, 0.0])
     assert np.flatnonzero(kept_masses(logits, make_rows(top_k=2)[0])).tolist() == [1, 2, 3, 5]
@@ -174,6 +181,12 @@ def test_the_draw_is_the_inverse_cdf_in_id_order():
         if expected is None and running > point:
             expected = token
     assert draw(logits, seed=2**63 + 11, counter=2**40 + 3, top_k=17) == expected
+
+
+def test_a_draw_on_the_limit_belongs_to_the_next_token():
+    for counter in range(10):
+        logits, token = draw_limit(philox_u64(1, counter))
+        assert draw(logits, temperature=EXACT_TEMPERATURE, seed=1, counter=counter) == token
 
 
 def test_a_draw_depends_on_its_own_row_alone():
