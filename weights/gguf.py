@@ -55,12 +55,12 @@ class GGUFModel:
             raise CheckpointError(
                 f"{path}: GGUF architecture {self.architecture!r} is not supported; {', '.join(ARCHITECTURES)} are"
             )
+        if (parts := self._get("split.count", int, 0)) > 1:
+            raise CheckpointError(f"{path}: one of {parts} parts; join them with llama.cpp's gguf-split --merge first")
         if self._model_key("expert_count", int, 0):
             raise CheckpointError(f"{path}: mixture-of-experts models are not supported")
         self.config = self._config()
-        self.generation_config = {
-            key: self.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in self.config
-        }
+        self.generation_config = self._generation_config()
         self.tensors = self._tensors()
 
     def tokenizer(self) -> Tokenizer:
@@ -79,6 +79,10 @@ class GGUFModel:
 
     def _model_key(self, key: str, kind: type | tuple[type, ...], default: Any = None):
         return self._get(f"{self.architecture}.{key}", kind, default)
+
+    def _token_id(self, name: str) -> int | None:
+        token_id = self._get(f"tokenizer.ggml.{name}_token_id", int, -1)
+        return token_id if token_id >= 0 else None
 
     def _config(self) -> dict[str, Any]:
         num_heads = self._model_key("attention.head_count", int)
@@ -108,8 +112,16 @@ class GGUFModel:
         if rotary_dim != head_dim:
             config["partial_rotary_factor"] = rotary_dim / head_dim
         for name, key in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):
-            if (token_id := self.metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
+            if (token_id := self._token_id(name)) is not None:
                 config[key] = token_id
+        return config
+
+    def _generation_config(self) -> dict[str, Any]:
+        """Besides EOS, the ends of a turn and of a message end an output."""
+        config = {key: self.config[key] for key in ("bos_token_id", "pad_token_id") if key in self.config}
+        ends = {self._token_id(name) for name in ("eos", "eot", "eom")} - {None}
+        if ids := sorted(ends):
+            config["eos_token_id"] = ids if len(ids) > 1 else ids[0]
         return config
 
     def _vocab_size(self) -> int:

@@ -150,6 +150,8 @@ def test_a_tensor_of_another_architecture_is_named(path, tensors):
     [
         ("gemma", {}, "GGUF architecture 'gemma' is not supported"),
         ("llama", {"llama.expert_count": 8}, "mixture-of-experts"),
+        ("llama", {"split.count": 3}, "one of 3 parts"),
+        ("llama", {"tokenizer.ggml.eos_token_id": "x"}, "eos_token_id has the wrong type"),
         ("llama", {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}, "rope type 'longrope'"),
         ("llama", {"llama.rope.scaling.type": "linear"}, "llama.rope.scaling.factor is missing"),
         ("llama", {"llama.attention.key_length": "64"}, "key_length has the wrong type"),
@@ -165,6 +167,12 @@ def test_a_missing_tensor_is_named(path, tensors):
     checkpoint = Checkpoint(write_gguf(path, tensors))
     with pytest.raises(CheckpointError, match=r"missing tensors: model\.layers\.1\.mlp\.up_proj\.weight"):
         load_weights(checkpoint.tensors, checkpoint.config, HostBackend())
+
+
+def test_the_ends_of_turns_end_an_output(path, tensors):
+    ends = {"tokenizer.ggml.eos_token_id": 7, "tokenizer.ggml.eot_token_id": 9, "tokenizer.ggml.eom_token_id": 7}
+    files = Checkpoint(write_gguf(path, tensors, metadata=ends)).files
+    assert (files.config["eos_token_id"], files.generation_config["eos_token_id"]) == (7, [7, 9])
 
 
 class TestContainer:
