@@ -37,11 +37,17 @@ KERNEL_FLAGS = (
     "-fno-threadsafe-statics",  # g++ guards static arrays of classes; poison in a guard reads as "done"
     "-ffp-contract=off",
     "-ftrivial-auto-var-init=pattern",  # a local that nobody set holds the same large number each time
-    "-fsanitize=thread,undefined,float-cast-overflow",  # memory.cpp answers the calls that these put in
-    "-fno-sanitize=vptr",
-    "--param=tsan-instrument-func-entry-exit=0",
     *("-Wno-attributes", "-Wno-unknown-pragmas"),
 )
+
+UNDEFINED_FLAGS = ("-fsanitize=undefined,float-cast-overflow", "-fno-sanitize=vptr")  # memory.cpp takes the findings
+
+# A call before every access, with its address and size: memory.cpp takes those too.
+WATCH_FLAGS = (*UNDEFINED_FLAGS, "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
+
+# The compiler's own AddressSanitizer instead, when its library is loaded into the process (LD_PRELOAD). It ends the
+# process at the first finding. Stacks are left out: it would take fibers for overflows.
+ADDRESS_FLAGS = (*UNDEFINED_FLAGS, "-fsanitize=address", "--param=asan-stack=0", "--param=asan-globals=0")
 
 MAX_THREADS_PER_BLOCK = 1024
 MAX_GRID = (2**31 - 1, 65535, 65535)
@@ -55,6 +61,11 @@ class HostKernelError(Exception):
 def find_compiler() -> str | None:
     """g++, or the compiler that CXX names; None when there is none."""
     return shutil.which(os.environ.get("CXX") or "g++")
+
+
+def address_sanitizer_is_loaded() -> bool:
+    """Whether this process runs under libasan."""
+    return hasattr(ctypes.CDLL(None), "__asan_init")
 
 
 class HostLoader:
@@ -232,9 +243,9 @@ def compile_kernel(path: Path, name: str) -> Path:
     includes = (path.parent, INCLUDE_DIR, SOURCE_DIR)
     source = f'#include "{path.name}"\n#include "entry.h"\nCUPAGED_HOST_KERNEL({name})\n'
     key = [source_digest(file, includes) for file in (path, INCLUDE_DIR / "shim.h", INCLUDE_DIR / "entry.h")]
-    return _build(
-        path.stem, source, key, (*KERNEL_FLAGS, "-include", "shim.h", *(f"-I{folder}" for folder in includes))
-    )
+    sanitizers = ADDRESS_FLAGS if address_sanitizer_is_loaded() else WATCH_FLAGS
+    flags = (*KERNEL_FLAGS, *sanitizers, "-include", "shim.h", *(f"-I{folder}" for folder in includes))
+    return _build(path.stem, source, key, flags)
 
 
 @functools.cache

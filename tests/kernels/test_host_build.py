@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 
 from cupaged.kernels.checks import BFLOAT16, C_TYPE, FLOAT16
 from cupaged.kernels.compile import NULL
-from host.build import HOST_DIR, HostKernelError, HostLoader, find_compiler
+from host.build import HOST_DIR, HostKernelError, HostLoader, address_sanitizer_is_loaded, find_compiler
 from kernel_tools import IMPOSSIBLE_BLOCK_ID, HostRunner, PagedCache, assert_close, is_poison, poisoned
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="needs g++ (or a compiler named by CXX)")
@@ -124,8 +127,8 @@ def test_all_sixteen_bit_values_become_the_right_floats(load, dtype):
 def test_floats_are_rounded_to_nearest_even(load, dtype, rng):
     every = np.arange(1 << 16, dtype=np.uint16).view(dtype).astype(np.float32)
     every = every[np.isfinite(every)]
-    above = np.nextafter(every.astype(dtype), dtype.type(np.inf)).astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
+        above = np.nextafter(every.astype(dtype), dtype.type(np.inf)).astype(np.float32)
         middle = (every.astype(np.float64) + above) / 2  # ties, and their neighbours on both sides
         middle = middle[np.isfinite(middle)].astype(np.float32)
     near = [np.nextafter(middle, np.float32(side)) for side in (-np.inf, np.inf)]
@@ -135,7 +138,7 @@ def test_floats_are_rounded_to_nearest_even(load, dtype, rng):
     x = np.append(x, np.zeros(-x.size % 1024, np.float32))
     out = np.zeros(x.shape, dtype)
     load(f"from_floats<{C_TYPE[dtype]}>")((x.size // 1024,), (1024,), (out, x))
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         expected = x.astype(dtype)
     nan = np.isnan(expected)
     np.testing.assert_array_equal(np.isnan(out), nan)
@@ -209,12 +212,19 @@ FAULTS = {
 }
 
 
+watched = pytest.mark.skipif(
+    address_sanitizer_is_loaded(),
+    reason="under libasan it watches the accesses, and ends the process when it finds one",
+)
+
+
 def run_faulty(load, fault):
     args = poisoned(64, np.float32), np.arange(64, dtype=np.float32), np.int32(64), np.uint64(1 << 16)
     load(f"faulty<Fault::{fault}>")((2,), (64,), args, shared_mem=256)
     return args[0]
 
 
+@watched
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_found(load, fault):
     with pytest.raises(HostKernelError, match=FAULTS[fault]) as caught:
@@ -247,6 +257,28 @@ def test_a_pipeline_with_a_wrong_wait_or_no_barrier_is_found(load, variant, mess
     x, out = np.zeros(5 * 128, np.float32), np.zeros(5 * 128, np.float32)
     with pytest.raises(HostKernelError, match=message):
         load(f"pipeline<{variant}>")((1,), (32,), (out, x, np.int32(5), np.int32(x.size)))
+
+
+def test_under_libasan_it_is_libasan_that_finds_what_is_out_of_bounds():
+    command = [find_compiler(), "-print-file-name=libasan.so"]
+    library = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if not os.path.isabs(library):
+        pytest.skip("the compiler has no AddressSanitizer library")
+    code = f"""
+import sys
+sys.path.insert(0, {str(HOST_DIR.parent)!r})
+import numpy as np
+from host.build import HOST_DIR, HostLoader
+args = np.zeros(64, np.float32), np.zeros(64, np.float32), np.int32(64), np.uint64(0)
+for fault in ("kNone", "kReadPastEnd"):
+    print(fault, flush=True)
+    HostLoader(HOST_DIR)("cases.cu", f"faulty<Fault::{{fault}}>")((1,), (64,), args, shared_mem=256)
+"""
+    environment = os.environ | {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode != 0
+    assert result.stdout.split() == ["kNone", "kReadPastEnd"]
+    assert "AddressSanitizer: heap-buffer-overflow" in result.stderr
 
 
 def test_what_nobody_wrote_is_visible(load):
