@@ -142,20 +142,3 @@ def _most_likely(logits: np.ndarray, k: int) -> np.ndarray:
 
 def _without_nan(logits: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(logits), np.float32(-np.inf), logits)
-
-
-def keep_allowed(logits: np.ndarray, rows: np.ndarray, masks: np.ndarray, vocab_size: int) -> None:
-    """`Backend.keep_allowed`."""
-    for row, mask in zip(rows.tolist(), masks, strict=True):
-        allowed = np.unpackbits(mask.astype("<u4").view(np.uint8), bitorder="little", count=vocab_size)
-        logits[row, :vocab_size][allowed == 0] = -np.inf
-
-
-def edit_logits(logits: np.ndarray, edits: np.ndarray) -> None:
-    """`Backend.edit_logits`."""
-    place = edits["row"], edits["token"]
-    repetition_penalty = edits["repetition_penalty"]
-    with np.errstate(invalid="ignore", over="ignore"):
-        values = logits[place] + edits["bias"]
-        values = np.where(values > 0, values / repetition_penalty, values * repetition_penalty) - edits["penalty"]
-    logits[place] = np.where(edits["bias"] == -np.inf, -np.inf, values)
