@@ -59,6 +59,10 @@ class HostRunner:
         """An array of NaN, or of -1 or the largest number where dtype has no NaN."""
         return self.array(poisoned(shape, dtype))
 
+    def empty_host(self, shape: tuple[int, ...], dtype) -> np.ndarray:
+        """The same, in host memory that kernels can address."""
+        return self.empty(shape, dtype)
+
     def copy_in(self, dst: np.ndarray, src: np.ndarray) -> None:
         np.copyto(dst, src)
 
@@ -80,16 +84,32 @@ class GpuRunner:
         return cupy.zeros(shape, dtype)
 
     def host(self, array) -> np.ndarray:
+        if isinstance(array, np.ndarray):  # from empty_host
+            import cupy
+
+            cupy.cuda.Device().synchronize()
+            return array.copy()
         return array.get()
 
     def empty(self, shape: tuple[int, ...], dtype):
         return self.array(poisoned(shape, dtype))
 
+    def empty_host(self, shape: tuple[int, ...], dtype) -> np.ndarray:
+        from cupaged.backends.cuda import CupyDevice
+
+        array = poisoned(shape, dtype)
+        pinned = CupyDevice().pinned(array.nbytes).view(dtype).reshape(shape)
+        pinned[...] = array
+        return pinned
+
     def copy_in(self, dst, src: np.ndarray) -> None:
-        dst.set(src)
+        if isinstance(dst, np.ndarray):
+            np.copyto(dst, src)
+        else:
+            dst.set(src)
 
     def address(self, array) -> int:
-        return array.data.ptr
+        return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
 
 
 # -- data -----------------------------------------------------------------------------------------------------

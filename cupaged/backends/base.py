@@ -29,6 +29,17 @@ SAMPLING_ROW = np.dtype(
     ]
 )  # 32 bytes, no padding
 
+# One logit and what edit_logits does to it; logits.cu has the same struct.
+LOGIT_EDIT = np.dtype(
+    [
+        ("row", np.int32),
+        ("token", np.int32),
+        ("bias", np.float32),  # added; -inf forbids the token
+        ("repetition_penalty", np.float32),  # > 0; 1 changes nothing
+        ("penalty", np.float32),  # subtracted: presence_penalty + frequency_penalty * count
+    ]
+)  # 20 bytes, no padding
+
 
 class Backend(Protocol):
     name: str  # "cuda" | "cpu"
@@ -40,14 +51,23 @@ class Backend(Protocol):
     def empty(self, shape: tuple[int, ...], dtype) -> Array:
         """An uninitialised array. Raises OutOfMemoryError that says what was wanted and what is free."""
 
+    def empty_host(self, shape: tuple[int, ...], dtype) -> np.ndarray:
+        """An uninitialised array in host memory that kernels can address (page-locked), for a swap space.
+
+        It is given back when the array goes; taking and giving it back are slow. Raises OutOfMemoryError.
+        """
+
     def copy_in(self, dst: Array, src: np.ndarray) -> None:
         """Copy a host array to dst (same shape), converting to dst's dtype. src may be reused on return."""
+
+    def copy(self, dst: Array, src: Array) -> None:
+        """dst[...] = src, of the same shape and dtype, both arrays of the backend."""
 
     def to_host(self, src: Array) -> np.ndarray:
         """A host copy; waits for everything launched before."""
 
     def address(self, array: Array) -> int:
-        """The address of its first element."""
+        """The address of its first element; `array` may come from empty_host as well."""
 
     def memory_info(self) -> tuple[int, int]:
         """(free, total) bytes of the memory that arrays come from."""
@@ -61,6 +81,16 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give the scratch memory back."""
+
+    # -- the cache -----------------------------------------------------------------------------------------
+
+    def copy_blocks(self, dst: KVArena, src: KVArena, pairs: Array) -> None:
+        """Copy blocks, all layers, K and V: pairs [n, 2] int32 are ids of a block of `src` and of its copy in `dst`.
+
+        The arenas' layouts agree, except that their slabs may hold different numbers of blocks. dst may be src
+        (copy-on-write); the slabs of one may lie in host memory (swapping). Destinations are distinct and, when dst is
+        src, no sources.
+        """
 
     # -- the forward pass ----------------------------------------------------------------------------------
 
@@ -122,6 +152,26 @@ class Backend(Protocol):
         """out = silu(gate) * up for gate_up [n, 2 * intermediate], the gate half first; out [n, intermediate]."""
 
     # -- sampling ------------------------------------------------------------------------------------------
+    #
+    # What a request asks of its logits is done in vLLM's order: keep_allowed for allowed_token_ids; then edit_logits,
+    # whose bias holds bad_words and min_tokens (-inf) and logit_bias, and whose penalties follow: repetition, then
+    # frequency and presence; then sample. Log probabilities are those of the raw logits.
+
+    def keep_allowed(self, logits: Array, rows: Array, masks: Array, vocab_size: int) -> None:
+        """logits[rows[i], id] = -inf for each id below vocab_size whose bit in masks[i] is 0.
+
+        logits [m, >= vocab_size] float32, in place; rows [k] int32; masks [k, ceil(vocab_size / 32)] uint32: id i has
+        bit i % 32 of word i // 32.
+        """
+
+    def edit_logits(self, logits: Array, edits: Array) -> None:
+        """For each of edits [n] LOGIT_EDIT, on l = logits[row, token]:
+
+            l += bias;  l = l / repetition_penalty if l > 0 else l * repetition_penalty;  l -= penalty
+
+        logits [m, vocabulary] float32, in place. No logit is named twice. A bias of -inf gives -inf whatever l was,
+        infinity and NaN included.
+        """
 
     def sample(self, token_ids: Array, logits: Array, rows: Array, vocab_size: int) -> None:
         """Draw one token a row. logits [m, >= vocab_size] float32 (ids from vocab_size on are never drawn), rows [m]

@@ -17,12 +17,14 @@ from cupaged.engine.batch import Batch
 from cupaged.errors import DeviceError, OutOfMemoryError
 from cupaged.kernels import registry
 from cupaged.kernels.activation import silu_and_mul
-from cupaged.kernels.checks import BLOCK_SIZES, C_TYPE, HALF_TYPES, ceil_div, check_that
+from cupaged.kernels.checks import BLOCK_SIZES, C_TYPE, HALF_TYPES, ceil_div, check, check_that
 from cupaged.kernels.compile import compile_kernels
+from cupaged.kernels.copy_blocks import copy_blocks
 from cupaged.kernels.device import device_info
 from cupaged.kernels.embedding import embedding
 from cupaged.kernels.linear import linear
 from cupaged.kernels.linear_small import MAX_ROWS, linear_small
+from cupaged.kernels.logits import edit_logits, keep_allowed
 from cupaged.kernels.logprobs import logprobs
 from cupaged.kernels.paged_decode import decode_workspace_size, paged_decode
 from cupaged.kernels.paged_prefill import paged_prefill
@@ -40,6 +42,7 @@ CACHE_KERNELS = ("rope.cu", "paged_decode.cu", "paged_prefill.cu")  # head_dim i
 
 
 # CUDA's own numbers, which CuPy doesn't name.
+ERROR_OUT_OF_MEMORY = 2
 ERROR_INSUFFICIENT_DRIVER = 35  # also when there is no driver at all
 ERROR_NO_DEVICE = 100
 
@@ -121,8 +124,23 @@ class CupyDevice:
         return self._cupy.empty(shape, dtype)
 
     def pinned(self, num_bytes: int) -> np.ndarray:
-        """Page-locked host memory [num_bytes] uint8, from which copies run by themselves."""
-        return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(num_bytes), np.uint8, num_bytes)
+        """Page-locked host memory [num_bytes] uint8, from which copies run by themselves and which kernels can address.
+
+        Not from CuPy's pool, which rounds up to powers of two and keeps what it has. Raises MemoryError.
+        """
+        try:
+            memory = self._cupy.cuda.PinnedMemory(num_bytes)
+        except self._cupy.cuda.runtime.CUDARuntimeError as error:
+            if error.status == ERROR_OUT_OF_MEMORY:
+                raise MemoryError from None
+            raise
+        return np.frombuffer(self._cupy.cuda.PinnedMemoryPointer(memory, 0), np.uint8, num_bytes)
+
+    def copy(self, dst: Array, src: Array) -> None:
+        """Start copying src to dst, both C-contiguous and of as many bytes."""
+        runtime = self._cupy.cuda.runtime
+        stream = self._cupy.cuda.get_current_stream()
+        runtime.memcpyAsync(dst.data.ptr, src.data.ptr, src.nbytes, runtime.memcpyDeviceToDevice, stream.ptr)
 
     def start_copy(self, dst: Array, src: np.ndarray) -> Callable[[], None]:
         """Start copying pinned bytes to dst (C-contiguous, as many bytes); returns what waits until they are read."""
@@ -135,7 +153,7 @@ class CupyDevice:
         return self._cupy.asnumpy(src)
 
     def address(self, array: Array) -> int:
-        return array.data.ptr
+        return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
 
     def memory_info(self) -> tuple[int, int]:
         """(free, total) bytes. What CuPy's pool holds unused counts as free; the pool's limit bounds both."""
@@ -205,6 +223,17 @@ class CudaBackend:
             "max_num_batched_tokens or max_model_len, or take a smaller model"
         )
 
+    def empty_host(self, shape: tuple[int, ...], dtype) -> np.ndarray:
+        dtype = np.dtype(dtype)
+        num_bytes = math.prod(shape) * dtype.itemsize
+        try:
+            return self._device.pinned(num_bytes).view(dtype).reshape(shape)
+        except MemoryError:
+            raise OutOfMemoryError(
+                f"the host can't page-lock {format_bytes(num_bytes)} for an array {tuple(shape)} {dtype}: make the "
+                "swap space smaller"
+            ) from None
+
     def copy_in(self, dst: Array, src: np.ndarray) -> None:
         if dst.shape != src.shape or not dst.flags.c_contiguous:
             layout = "" if dst.flags.c_contiguous else ", not C-contiguous"
@@ -217,6 +246,11 @@ class CudaBackend:
                 dst[start : start + step],
                 lambda staged, part=part: np.copyto(staged.view(dst.dtype), part, casting="unsafe"),
             )
+
+    def copy(self, dst: Array, src: Array) -> None:
+        check("dst", dst, src.shape, src.dtype)
+        check("src", src, src.shape, src.dtype)
+        self._device.copy(dst, src)
 
     def to_host(self, src: Array) -> np.ndarray:
         return self._device.to_host(src)
@@ -268,6 +302,10 @@ class CudaBackend:
                 ring.wait()
         self._staging = self._batch_staging = self._batch_buffer = self._decode_workspace = None
 
+    # -- the cache -----------------------------------------------------------------------------------------
+
+    copy_blocks = staticmethod(copy_blocks)
+
     # -- the forward pass ----------------------------------------------------------------------------------
 
     embedding = staticmethod(embedding)
@@ -303,6 +341,8 @@ class CudaBackend:
 
     # -- sampling ------------------------------------------------------------------------------------------
 
+    keep_allowed = staticmethod(keep_allowed)
+    edit_logits = staticmethod(edit_logits)
     sample = staticmethod(sample)
     logprobs = staticmethod(logprobs)
 

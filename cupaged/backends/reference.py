@@ -32,7 +32,7 @@ class ReferenceBackend:
     dtype = np.dtype(np.float32)
 
     def __init__(self):
-        self.description = f"{_cpu_model()} ({_num_cpus()} cores)"
+        self.description = f"the CPU ({_cpu_model()}, {_num_cpus()} cores)"
         self._uploaded: Batch | None = None
         self._spans: dict[int, list[_Span]] = {}  # window -> the spans of the uploaded batch
 
@@ -51,10 +51,16 @@ class ReferenceBackend:
             "max_model_len, max_num_batched_tokens or kv_cache_memory_bytes, or take a smaller model"
         )
 
+    def empty_host(self, shape: tuple[int, ...], dtype) -> np.ndarray:
+        return self.empty(shape, dtype)
+
     def copy_in(self, dst: np.ndarray, src: np.ndarray) -> None:
         if dst.shape != src.shape:
             raise ValueError(f"src: expected shape {dst.shape}; got {src.shape}")
         np.copyto(dst, src, casting="unsafe")
+
+    def copy(self, dst: np.ndarray, src: np.ndarray) -> None:
+        self.copy_in(dst, src)
 
     def to_host(self, src: np.ndarray) -> np.ndarray:
         return src.copy()
@@ -78,6 +84,15 @@ class ReferenceBackend:
 
     def close(self) -> None:
         self._uploaded, self._spans = None, {}
+
+    # -- the cache -----------------------------------------------------------------------------------------
+
+    def copy_blocks(self, dst: KVArena, src: KVArena, pairs: np.ndarray) -> None:
+        src_slabs, src_blocks = _slab_and_index(pairs[:, 0], src.layout)
+        dst_slabs, dst_blocks = _slab_and_index(pairs[:, 1], dst.layout)
+        for src_slab, dst_slab in set(zip(src_slabs.tolist(), dst_slabs.tolist(), strict=True)):
+            here = (src_slabs == src_slab) & (dst_slabs == dst_slab)
+            dst.slabs[dst_slab][:, :, dst_blocks[here]] = src.slabs[src_slab][:, :, src_blocks[here]]
 
     # -- the forward pass ----------------------------------------------------------------------------------
 
@@ -125,7 +140,7 @@ class ReferenceBackend:
 
         kv = heads[:, num_heads:].reshape(n, 2, num_kv_heads, head_dim)
         block, offset = np.divmod(slot_mapping, layout.block_size)
-        slab_of, index = block >> layout.slab_shift, block & (layout.blocks_per_slab - 1)
+        slab_of, index = _slab_and_index(block, layout)
         for slab in set(slab_of.tolist()) - {-1}:  # slot -1 lies in block -1, in slab -1
             here = slab_of == slab
             arena.slabs[slab][layer][:, index[here], :, offset[here]] = kv[here]
@@ -153,7 +168,7 @@ class ReferenceBackend:
 
     @np.errstate(over="ignore")  # exp(-gate) = inf is silu = 0
     def silu_and_mul(self, out, gate_up) -> None:
-        gate, up = np.split(gate_up, 2, axis=-1)
+        gate, up = gate_up[:, : out.shape[1]], gate_up[:, out.shape[1] :]
         np.negative(gate, out=out)
         np.exp(out, out=out)
         out += 1
@@ -161,6 +176,12 @@ class ReferenceBackend:
         out *= up
 
     # -- sampling ------------------------------------------------------------------------------------------
+
+    def keep_allowed(self, logits, rows, masks, vocab_size: int) -> None:
+        sampling_reference.keep_allowed(logits, rows, masks, vocab_size)
+
+    def edit_logits(self, logits, edits) -> None:
+        sampling_reference.edit_logits(logits, edits)
 
     def sample(self, token_ids, logits, rows, vocab_size: int) -> None:
         sampling_reference.sample(token_ids, logits, rows, vocab_size)
@@ -216,13 +237,18 @@ def _spans(batch: Batch, layout: KVLayout, window: int) -> list[_Span]:
         first_position = seq_len - (last - first)
         first_block = max(0, first_position - window + 1) // layout.block_size if window else 0
         blocks = batch.block_tables[i, first_block : -(-seq_len // layout.block_size)]
-        slabs, index = blocks >> layout.slab_shift, blocks & (layout.blocks_per_slab - 1)
+        slabs, index = _slab_and_index(blocks, layout)
         rows = index * layout.num_kv_heads + heads  # a slab's part of a layer is [blocks * num_kv_heads] runs
         pieces = [
             (slab, which, rows[:, which]) for slab in np.unique(slabs) for which in [np.flatnonzero(slabs == slab)]
         ]
         spans.append(_Span(first, last, seq_len, first_block * layout.block_size, len(blocks), pieces))
     return spans
+
+
+def _slab_and_index(block_ids: np.ndarray, layout: KVLayout) -> tuple[np.ndarray, np.ndarray]:
+    """Where blocks lie: the number of the slab, and the place in it."""
+    return block_ids >> layout.slab_shift, block_ids & (layout.blocks_per_slab - 1)
 
 
 def _attend(out, q, keys, values, hidden_to_first: int | None) -> None:

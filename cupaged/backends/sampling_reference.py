@@ -1,4 +1,4 @@
-"""Sampling and log probabilities in NumPy: what `Backend.sample` and `Backend.logprobs` mean, row by row.
+"""Sampling, what precedes it, and log probabilities in NumPy: what the backend's operations of these names mean.
 
 `sample` computes the very integers that sampler.cu does, so both draw the same token from the same logits, bit for
 bit. Only the filters work differently: by partition and sort here, by radix descents there.
@@ -74,6 +74,23 @@ def kept_masses(logits: np.ndarray, row: np.ndarray) -> np.ndarray:
         last = descending[np.searchsorted(running, np.uint64(target))]
         masses[logits < logits[last]] = 0
     return masses
+
+
+def keep_allowed(logits: np.ndarray, rows: np.ndarray, masks: np.ndarray, vocab_size: int) -> None:
+    """`Backend.keep_allowed`."""
+    for row, mask in zip(rows.tolist(), masks, strict=True):
+        allowed = np.unpackbits(mask.astype("<u4").view(np.uint8), bitorder="little", count=vocab_size)
+        logits[row, :vocab_size][allowed == 0] = -np.inf
+
+
+def edit_logits(logits: np.ndarray, edits: np.ndarray) -> None:
+    """`Backend.edit_logits`."""
+    place = edits["row"], edits["token"]
+    repetition_penalty = edits["repetition_penalty"]
+    with np.errstate(invalid="ignore", over="ignore"):
+        values = logits[place] + edits["bias"]
+        values = np.where(values > 0, values / repetition_penalty, values * repetition_penalty) - edits["penalty"]
+    logits[place] = np.where(edits["bias"] == -np.inf, -np.inf, values)
 
 
 def sample(token_ids: np.ndarray, logits: np.ndarray, rows: np.ndarray, vocab_size: int) -> None:

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from cupaged.errors import DeviceError, OutOfMemoryError
 from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32, HALF_TYPES
 from cupaged.kernels.compile import set_loader
 from cupaged.kernels.device import DeviceInfo, set_device_info
+from cupaged.memory.arena import KVArena, KVLayout
 from cupaged.weights.checkpoint import Checkpoint
 from cupaged.weights.packing import load_weights
 
@@ -47,7 +49,7 @@ class NumpyDevice:
         return self._runner.empty(shape, dtype)
 
     def pinned(self, num_bytes):
-        return np.empty(num_bytes, np.uint8)
+        return self._runner.empty((num_bytes,), np.uint8)
 
     def as_numpy(self, array):
         """The array's memory as a NumPy array."""
@@ -62,6 +64,10 @@ class NumpyDevice:
                 self._run_first()
 
         return wait
+
+    def copy(self, dst, src):
+        self.flush()
+        self.as_numpy(dst)[...] = self.as_numpy(src)
 
     def flush(self):
         while self._copies:
@@ -112,7 +118,7 @@ class CupyArraysDevice(NumpyDevice):
         return np.frombuffer(memory, np.uint8).view(array.dtype).reshape(array.shape)
 
     def address(self, array):
-        return array.data.ptr
+        return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
 
 
 @pytest.fixture(params=[NumpyDevice, CupyArraysDevice])
@@ -313,6 +319,46 @@ def test_copy_in_takes_any_source_and_only_whole_destinations(backend):
         backend.copy_in(dst[:, :4], values[:4])
 
 
+def test_copy_takes_arrays_of_one_shape_and_dtype(backend):
+    values = np.arange(24, dtype=np.float32).reshape(4, 6)
+    src, dst = backend.empty((4, 6), np.float32), backend.empty((9, 6), np.float32)
+    backend.copy_in(src, values)
+    backend.copy(dst[2:6], src)
+    copied = backend.to_host(dst)
+    assert np.array_equal(copied[2:6], values)
+    assert np.isnan(copied[[0, 1, 6, 7, 8]]).all()
+    with pytest.raises(ValueError, match=r"^dst: expected shape \(4, 6\) float32"):
+        backend.copy(dst, src)
+    with pytest.raises(ValueError, match=r"^dst: expected .* float32"):
+        backend.copy(backend.empty((4, 6), np.int32), src)
+    with pytest.raises(ValueError, match=r"^src: .*not C-contiguous"):
+        backend.copy(backend.empty((4, 3), np.float32), src[:, :3])
+
+
+def test_blocks_go_to_a_swap_space_and_back(backend):
+    layout = KVLayout(3, 2, 8, 64, backend.dtype, blocks_per_slab=4)
+    arena = KVArena(layout, backend, 8)
+    swap_space = KVArena(replace(layout, blocks_per_slab=2), backend, 6, allocate=backend.empty_host)
+    while arena.grow() or swap_space.grow():
+        pass
+    assert all(type(slab) is np.ndarray for slab in swap_space.slabs)
+    values = np.random.default_rng(0).normal(size=layout.slab_shape).astype(BFLOAT16)
+    backend.copy_in(arena.slabs[1], values)  # blocks 4 .. 7; the others are NaN
+
+    def copy_blocks(dst, src, *pairs):
+        device_pairs = backend.empty((len(pairs), 2), np.int32)
+        backend.copy_in(device_pairs, np.array(pairs, np.int32))
+        backend.copy_blocks(dst, src, device_pairs)
+
+    copy_blocks(swap_space, arena, (7, 0), (4, 5))
+    copy_blocks(arena, swap_space, (5, 1), (0, 2))
+    first_slab = backend.to_host(arena.slabs[0])
+    assert first_slab[:, :, 1].tobytes() == values[:, :, 0].tobytes()
+    assert first_slab[:, :, 2].tobytes() == values[:, :, 3].tobytes()
+    assert np.isnan(first_slab[:, :, [0, 3]].astype(np.float32)).all()
+    assert backend.to_host(arena.slabs[1]).tobytes() == values.tobytes()
+
+
 def random_batch(rng, num_decodes: int, query_lens: list[int], max_blocks: int) -> Batch:
     num_seqs, starts = len(query_lens), np.concatenate([[0], np.cumsum(query_lens)])
 
@@ -368,6 +414,15 @@ def test_out_of_memory_says_how_much_and_what_to_do(backend, monkeypatch):
     with pytest.raises(OutOfMemoryError, match=expected) as caught:
         backend.empty((1000, 1_000_000), BFLOAT16)
     assert "\n" not in str(caught.value)
+
+
+def test_a_swap_space_that_cannot_be_had_says_so(backend, monkeypatch):
+    def fail(num_bytes):
+        raise MemoryError
+
+    monkeypatch.setattr(backend._device, "pinned", fail)
+    with pytest.raises(OutOfMemoryError, match=r"^the host can't page-lock 1\.86 GiB .*make the swap space smaller$"):
+        backend.empty_host((1000, 1_000_000), BFLOAT16)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int8])

@@ -133,6 +133,35 @@ def test_rope_and_store_kv(backend, rng, rotary_dim, normed, slots):
     assert all(np.isnan(slab).all() for slab in arena.slabs), "written outside of the slots"
 
 
+@pytest.mark.parametrize("blocks_per_slab", [8, 32])
+def test_copy_blocks_between_arenas(backend, rng, blocks_per_slab):
+    src, dst = new_arena(backend), new_arena(backend, blocks_per_slab=blocks_per_slab)
+    for slab in src.slabs:
+        slab[...] = rng.standard_normal(slab.shape)
+    pairs = np.stack([rng.integers(0, 32, 7), rng.permutation(2 * blocks_per_slab)[:7]], axis=1).astype(np.int32)
+    backend.copy_blocks(dst, src, pairs)
+    for src_id, dst_id in pairs:
+        for layer in range(2):
+            for part in range(2):
+                for offset in range(8):
+                    copied = cell(dst, layer, part, dst_id * 8 + offset)
+                    assert (copied == cell(src, layer, part, src_id * 8 + offset)).all()
+                    copied[:] = np.nan
+    assert all(np.isnan(slab).all() for slab in dst.slabs), "written outside of the destinations"
+
+
+def test_copy_blocks_within_an_arena(backend, rng):
+    arena = new_arena(backend)
+    for slab in arena.slabs:
+        slab[...] = rng.standard_normal(slab.shape)
+    expected = np.concatenate(arena.slabs, axis=2)
+    expected[:, :, [3, 20, 31]] = expected[:, :, [17, 17, 4]]
+    backend.copy_blocks(arena, arena, np.array([[17, 3], [17, 20], [4, 31]], np.int32))
+    assert (np.concatenate(arena.slabs, axis=2) == expected).all()
+    backend.copy_blocks(arena, arena, np.empty((0, 2), np.int32))
+    assert (np.concatenate(arena.slabs, axis=2) == expected).all()
+
+
 def attention(q, keys, values, position, window):
     """One query head [head_dim] over keys and values [tokens, head_dim] in float64."""
     seen = slice(max(0, position - window + 1) if window else 0, position + 1)
