@@ -21,11 +21,12 @@
 #include "softmax_state.cuh"
 #include "warp_attention.cuh"
 
-constexpr int kTileRows = 16;     // query heads a thread block; twin in paged_decode.py
-constexpr int kMinSplit = 256;    // keys a split has at least; twin in paged_decode.py. Fewer make merging dear.
-constexpr int kSplitAlign = 64;   // splits begin at multiples of it, whatever the head_dim
+constexpr int kTileRows = 16;    // query heads a thread block; twin in paged_decode.py
+constexpr int kMinSplit = 256;   // keys a split has at least; twin in paged_decode.py. Fewer make merging dear.
+constexpr int kSplitAlign = 64;  // splits begin at multiples of it, whatever the head_dim
 
-// The keys of one split of a sequence, and how many splits the sequence has.
+// The keys of one split of a sequence, and how many splits the sequence has: a function of its own length, not of the
+// batch. An empty sequence has none.
 struct Split {
   int begin, end, count;
 
@@ -40,6 +41,7 @@ struct Split {
   }
 };
 
+// Round columns * factor and store them; out 8-byte aligned.
 template <typename scalar_t>
 __device__ __forceinline__ void store_row_part(scalar_t* out, const float (&columns)[4], float factor) {
   uint2 packed;
@@ -54,13 +56,13 @@ template <typename scalar_t,  // __half or __nv_bfloat16: q, cache, out
           int kNumWarps,      // warps a thread block; a tile holds 16 keys for each
           int kStages>        // tiles of K or V in the ring
 __global__ void __launch_bounds__(kNumWarps * kWarpSize)
-paged_decode(scalar_t* __restrict__ out,               // [num_seqs, num_heads, kHeadDim]
-             const scalar_t* __restrict__ qkv,         // [num_seqs, num_heads + 2 * num_kv_heads, kHeadDim]; q read
-             const int* __restrict__ block_tables,     // [num_seqs, max_blocks]
-             const int* __restrict__ seq_lens,         // [num_seqs]
-             float* partial_outs,                      // [num_seqs, num_heads, gridDim.x, kHeadDim] scratch
-             SoftmaxState* partial_states,             // [num_seqs, num_heads, gridDim.x] scratch
-             int* counters,                            // [num_seqs, gridDim.y] zeros before and after
+paged_decode(scalar_t* __restrict__ out,            // [num_seqs, num_heads, kHeadDim]
+             const scalar_t* __restrict__ qkv,      // [num_seqs, num_heads + 2 * num_kv_heads, kHeadDim]; q read
+             const int* __restrict__ block_tables,  // [num_seqs, max_blocks]
+             const int* __restrict__ seq_lens,      // [num_seqs]
+             float* partial_outs,                   // [num_seqs, num_heads, gridDim.x, kHeadDim] scratch
+             SoftmaxState* partial_states,          // [num_seqs, num_heads, gridDim.x] scratch
+             int* counters,                         // [num_seqs, gridDim.y] zeros before and after
              PagedKV kv, int num_heads, int max_blocks, int block_shift, int max_splits, int window,
              float scale) {  // sm_scale * log2(e)
   constexpr int kKeys = 16 * kNumWarps;

@@ -28,11 +28,11 @@ template <typename scalar_t,  // __half or __nv_bfloat16: q, cache, out
           int kRowTiles,      // 16-row query tiles a warp: each serves once more what was read of K and V
           int kKeys>          // keys a tile
 __global__ void __launch_bounds__(kNumWarps * kWarpSize)
-paged_prefill(scalar_t* __restrict__ out,                // [num_tokens, num_heads, kHeadDim]
-              const scalar_t* __restrict__ qkv,          // [num_tokens, num_heads + 2 * num_kv_heads, kHeadDim]; q read
-              const int* __restrict__ block_tables,      // [num_seqs, max_blocks]
-              const int* __restrict__ seq_lens,          // [num_seqs]
-              const int* __restrict__ query_start_loc,   // [num_seqs + 1]
+paged_prefill(scalar_t* __restrict__ out,               // [num_tokens, num_heads, kHeadDim]
+              const scalar_t* __restrict__ qkv,         // [num_tokens, num_heads + 2 * num_kv_heads, kHeadDim]; q read
+              const int* __restrict__ block_tables,     // [num_seqs, max_blocks]
+              const int* __restrict__ seq_lens,         // [num_seqs]
+              const int* __restrict__ query_start_loc,  // [num_seqs + 1]
               PagedKV kv, int num_heads, int max_blocks, int block_shift, int first_seq, int window,
               float scale) {  // sm_scale * log2(e)
   constexpr int kNumThreads = kNumWarps * kWarpSize;

@@ -12,7 +12,7 @@ constexpr int kMaxSharedBytes = 99 * 1024;
 // Where the 16-byte chunks of a tile [rows, kHeadDim] lie. ldmatrix reads one chunk column of 8 successive rows at a
 // time; chunks are permuted within their row so that these 8 fall on different banks, with no padding. Rows of
 // kChunks = p * odd chunks come back to the same bank every 8/p rows, so that is how often the permutation changes:
-//   kHeadDim  64, 128, 256: p = 8, chunk ^ row % 8     80: p = 2, chunk ^ row / 4 % 2     96: p = 4, chunk ^ row / 2 % 4
+//   64, 128, 256: p = 8, chunk ^ row % 8     80: p = 2, chunk ^ row / 4 % 2     96: p = 4, chunk ^ row / 2 % 4
 template <int kHeadDim>
 struct TileLayout {
   static_assert(kHeadDim % 16 == 0, "head_dim must be a multiple of 16, the depth of a tensor-core product");
@@ -26,10 +26,10 @@ struct TileLayout {
 };
 
 // The tiles of one sequence and one kv head, K and V in turn (K0 V0 K1 V1 ...), through a ring of kStages tiles of
-// shared memory: kStages - 1 are on their way while one is in use. Tile i holds keys first_key() + i * kKeys ..+kKeys-1,
-// and first_key() is a multiple of kKeys: tiles lie at absolute positions, wherever the range begins. Rows outside the
-// range are zeros, neither their slots nor their block table entries are read: zeros, not what the slot holds, because
-// a weight of 0 times NaN would be NaN.
+// shared memory: kStages - 1 are on their way while one is in use. Tile i holds kKeys keys from first_key() + i * kKeys
+// on, and first_key() is a multiple of kKeys: tiles lie at absolute positions, wherever the range begins. Rows outside
+// the range are zeros, and neither their slots nor their block table entries are read: an unused slot may hold NaN, and
+// NaN times a weight of 0 is NaN.
 // PRECOND: blockDim.x == kNumThreads, and all threads call prefetch() once and next() equally often.
 template <typename scalar_t,  // element type
           int kHeadDim,       // elements a row
@@ -55,7 +55,7 @@ class KVStream {
 
   // Start the first kStages - 1 loads. Asynchronous copies that the caller began before are waited for with the first.
   __device__ __forceinline__ void prefetch() {
-#pragma unroll
+#pragma unroll 1  // it runs once: short code is worth more
     for (int i = 0; i < kStages - 1; ++i) load();
   }
 
