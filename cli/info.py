@@ -47,7 +47,7 @@ def _version(package: str) -> str:
 
 
 def _show_model(name: str | None, config: EngineConfig) -> None:
-    from cupaged.backends.select import open_backend
+    from cupaged.backends.select import choose_device, choose_dtype, open_backend
     from cupaged.memory.arena import KVLayout
     from cupaged.memory.budget import fit_max_model_len, format_bytes, kv_cache_bytes, num_kv_blocks
     from cupaged.weights.checkpoint import Checkpoint
@@ -57,8 +57,9 @@ def _show_model(name: str | None, config: EngineConfig) -> None:
     path = resolve(name, offline=True)
     checkpoint = Checkpoint(path)
     model = checkpoint.config
-    backend, note = open_backend(config, model.dtype)
-    click.echo(f"device:   {note}")
+    use_cuda, why = choose_device(config.device)
+    backend = open_backend(use_cuda, choose_dtype(config.dtype, model.dtype, use_cuda))
+    click.echo(f"device:   {backend.description}, {why}")
 
     weights = parameter_bytes(model, backend.dtype)
     layout = KVLayout.choose(

@@ -10,12 +10,11 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from cupaged.backends.base import Backend
+from cupaged.backends.select import choose_device, choose_dtype, open_backend
 from cupaged.config import EngineConfig
 from cupaged.engine.engine import Engine
-from cupaged.errors import CupagedError, DeviceError
+from cupaged.errors import CupagedError
 from cupaged.memory.budget import format_bytes, wanted_max_model_len
 from cupaged.outputs import RequestOutput
 from cupaged.sampling_params import RequestOutputKind, SamplingParams
@@ -76,13 +75,13 @@ class LLM:
         from cupaged.weights.checkpoint import Checkpoint
         from cupaged.weights.hub import resolve
 
-        use_cuda, why = _choose_device(config.device)
+        use_cuda, why = choose_device(config.device)
         checkpoint = Checkpoint(resolve(model, offline=offline, progress=progress))
         for warning in checkpoint.warnings:
             logger.warning(warning)
-        backend = _open_backend(use_cuda, _choose_dtype(config.dtype, checkpoint.config.dtype, use_cuda))
+        backend = open_backend(use_cuda, choose_dtype(config.dtype, checkpoint.config.dtype, use_cuda))
 
-        self.device_note = f"running on {backend.description}{why}"  # which device, and why, in a line
+        self.device_note = f"running on {backend.description}, {why}"  # which device, and why, in a line
         self._sampling_defaults = SamplingParams(**checkpoint.sampling_defaults)
         self._engine: Engine | None = _load_engine(config, checkpoint, backend)
         self._num_requests = 0
@@ -220,44 +219,6 @@ class LLM:
 
 def _is_one_prompt(prompts) -> bool:
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
-
-
-def _choose_device(device: str) -> tuple[bool, str]:
-    """(whether to use the GPU, the reason to add to the note). Raises DeviceError."""
-    if device == "cpu":
-        return False, ""
-    from cupaged.backends.cuda import probe
-
-    found = probe()
-    if found.usable:
-        return True, ""
-    if device == "cuda":
-        raise DeviceError(f"device 'cuda' can't be used: {found.text}")
-    return False, f", as there is no usable GPU: {found.text}"
-
-
-def _choose_dtype(dtype: str, checkpoint_dtype: str, use_cuda: bool) -> str:
-    """The name of the dtype to compute in. Raises ValueError for one that the device doesn't compute in."""
-    choices = ("bfloat16", "float16") if use_cuda else ("float32",)
-    if dtype == "auto":
-        return checkpoint_dtype if checkpoint_dtype in choices else choices[0]
-    if dtype not in choices:
-        raise ValueError(
-            f"dtype must be {' or '.join(choices)}, or auto, on {'a GPU' if use_cuda else 'the CPU'}; got {dtype!r}"
-        )
-    return dtype
-
-
-def _open_backend(use_cuda: bool, dtype: str) -> Backend:
-    if use_cuda:
-        from ml_dtypes import bfloat16
-
-        from cupaged.backends.cuda import open_cuda
-
-        return open_cuda(np.dtype({"bfloat16": bfloat16, "float16": np.float16}[dtype]))
-    from cupaged.backends.reference import ReferenceBackend
-
-    return ReferenceBackend()
 
 
 def _load_engine(config: EngineConfig, checkpoint, backend: Backend) -> Engine:

@@ -266,13 +266,13 @@ def test_device_and_dtype(model_dir, monkeypatch):
     ],
 )
 def test_the_dtype_follows_the_checkpoint_where_the_device_can(dtype, checkpoint_dtype, use_cuda, chosen):
-    from cupaged.llm import _choose_dtype
+    from cupaged.backends.select import choose_dtype
 
     if chosen is not None:
-        assert _choose_dtype(dtype, checkpoint_dtype, use_cuda) == chosen
+        assert choose_dtype(dtype, checkpoint_dtype, use_cuda) == chosen
     else:
         with pytest.raises(ValueError, match="dtype must be bfloat16 or float16, or auto, on a GPU; got 'float32'"):
-            _choose_dtype(dtype, checkpoint_dtype, use_cuda)
+            choose_dtype(dtype, checkpoint_dtype, use_cuda)
 
 
 def test_options_that_can_not_be_met(model_dir, tmp_path):
