@@ -22,9 +22,10 @@ from typing import Protocol
 import numpy as np
 
 import cupaged.cuda_src
+from cupaged.cache_dir import cache_dir
 from cupaged.errors import CupagedError, DeviceError
 from cupaged.kernels.device import device_info
-from cupaged.kernels.kernel_cache import KernelCache, default_folder
+from cupaged.kernels.kernel_cache import KernelCache
 from cupaged.kernels.nvrtc import load_nvrtc
 
 SOURCE_DIR = Path(cupaged.cuda_src.__file__).resolve().parent
@@ -161,7 +162,7 @@ def _scan(path: Path, mtime_ns: int) -> tuple[bytes, list[str]]:
 
 @functools.cache
 def _kernel_cache() -> KernelCache:
-    return KernelCache(default_folder())
+    return KernelCache(cache_dir() / "kernels")
 
 
 @functools.cache

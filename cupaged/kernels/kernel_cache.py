@@ -17,13 +17,6 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 
-def default_folder() -> Path:
-    """$CUPAGED_HOME/kernels, or cupaged/kernels under $XDG_CACHE_HOME (~/.cache)."""
-    if home := os.environ.get("CUPAGED_HOME"):
-        return Path(home) / "kernels"
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "cupaged" / "kernels"
-
-
 class KernelCache:
     """key -> (path of the image, the kernel's symbol). Threads and processes may share one folder.
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cupaged.cache_dir import cache_dir
 from cupaged.errors import CupagedError, DeviceError
 from cupaged.kernels import compile as compiler
 from cupaged.kernels.device import DeviceInfo, choose_arch, device_info, set_device_info
-from cupaged.kernels.kernel_cache import KernelCache, default_folder
+from cupaged.kernels.kernel_cache import KernelCache
 from cupaged.kernels.registry import instantiations
 
 ARCHS = ("sm_80", "sm_90a", "sm_120")
@@ -253,9 +254,9 @@ def test_a_folder_that_cannot_be_written_is_replaced_for_the_process(tmp_path, c
 @pytest.mark.parametrize(
     ("environment", "folder"),
     [
-        ({"CUPAGED_HOME": "/c", "XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/c/kernels"),
-        ({"XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/x/cupaged/kernels"),
-        ({"HOME": "/h"}, "/h/.cache/cupaged/kernels"),
+        ({"CUPAGED_HOME": "/c", "XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/c"),
+        ({"XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/x/cupaged"),
+        ({"HOME": "/h"}, "/h/.cache/cupaged"),
     ],
 )
 def test_where_the_cache_lies(environment, folder, monkeypatch):
@@ -263,7 +264,7 @@ def test_where_the_cache_lies(environment, folder, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert default_folder() == Path(folder)
+    assert cache_dir() == Path(folder)
 
 
 # -- loading -------------------------------------------------------------------------------------------------
