@@ -108,7 +108,7 @@ def backend():
     return ReferenceBackend()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def new_driver(backend):
     """new_driver((config, weights), **sizes) -> Driver"""
     return lambda model, **sizes: Driver(*model, backend, **sizes)

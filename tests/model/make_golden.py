@@ -2,13 +2,15 @@
 
     python make_golden.py tiny               tiny models of each family with random weights, and their answers
     python make_golden.py rope               tables of cosines and sines
-    python make_golden.py real MODEL_DIR     answers of SmolLM2-135M-Instruct in Hugging Face layout
+    python make_golden.py real MODEL_DIR     answers of SmolLM2-135M-Instruct, as `cupaged pull` leaves it when it
+                                             comes from the package index (Q4_1, dequantised to bfloat16)
 
 Needs torch, transformers and tokenizers; the tests that read the files don't.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -16,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from safetensors import safe_open
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -47,6 +51,38 @@ NUM_GREEDY = 40
 # Seeds are tried until each greedy choice is clear of float32's noise and no answer runs in a short circle.
 MIN_MARGIN = 0.01  # between a step's two largest logits
 MIN_DISTINCT = 8  # tokens of NUM_GREEDY
+
+REAL_TEXTS = [
+    "The",
+    "\n",
+    "The capital of France is",
+    "Once upon a time, in a small village by the sea,",
+    "1 + 1 = 2\n2 + 2 = 4\n3 + 3 =",
+    'def fibonacci(n: int) -> int:\n    """The n-th Fibonacci number."""\n',
+    "#include <stdio.h>\n\nint main(void) {\n    for (int i = 0; i < 10; i++) {\n",
+    "SELECT name, COUNT(*) FROM orders\n  JOIN customers ON",
+    '{"name": "Ada", "born": 1815, "languages": ["English", "French"], "children":',
+    "La tour Eiffel est située à Paris. Elle a été construite en",
+    "Straßenbahnen fahren in München über die Brücke, während",
+    "日本の首都は東京です。大阪は",
+    "Москва — столица России, а Киев —",  # noqa: RUF001
+    "🙂🚀 Emoji and naïve café: ½ ≠ ⅓, ∑ xᵢ² ≤ ∞ —",
+    "The quick brown fox jumps over the lazy dog. " * 6,
+    "a a a a a a a a a a a a a a a a",
+    "Water boils at 100 degrees Celsius and freezes at",
+    "Dear Sir or Madam,\n\nI am writing to apply for the position of",
+    "\t\tif x:\n\t\t\treturn [y for y in range(x)]\n\n\t\treturn",
+    "ROMEO: But, soft! what light through yonder window breaks?\nJULIET:",
+    "| planet | moons |\n|---|---|\n| Earth | 1 |\n| Mars | 2 |\n| Jupiter |",
+]
+REAL_QUESTIONS = [
+    "What is the capital of Italy?",
+    "Explain in one sentence why the sky is blue.",
+    "Write a Python function that reverses a string.",
+    "Übersetze ins Englische: Guten Morgen, wie geht es dir?",
+    "List three prime numbers.",
+]
+NUM_REAL_GREEDY = 64
 
 ROPE_CASES = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
@@ -154,11 +190,61 @@ def rope_tables() -> dict[str, np.ndarray]:
     return tables
 
 
+def real_prompts(model_dir: Path) -> dict[str, list[int]]:
+    """name -> token ids."""
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
+    prompts = {text.strip()[:24]: encode(text) for text in REAL_TEXTS}
+    prompts |= {
+        question[:24]: encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
+        for question in REAL_QUESTIONS
+    }
+    prompts["<|im_start|>"] = [1]
+    license_ids = encode((Path(__file__).parents[2] / "LICENSE").read_text())
+    return prompts | {f"LICENSE, {length} tokens": license_ids[:length] for length in (128, 129, 600, 1500)}
+
+
+def real_answers(model_dir: Path) -> dict[str, np.ndarray]:
+    """What golden/smollm2.npz holds: weights_digest, of one matrix; names [n]; lengths [n]; prompts [sum of lengths];
+    greedy [n, NUM_REAL_GREEDY]; margins [n], the smallest on the way; and of the logits after each prompt: logits
+    [n, ids] at logit_ids [ids], top_ids and top_logits [n, 5]."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager").eval()
+    prompts = real_prompts(model_dir)
+    logits = {name: torch.tensor(logits_of(model, ids)[-1]) for name, ids in prompts.items()}
+    answers, margins = zip(*(greedy(model, ids, NUM_REAL_GREEDY) for ids in prompts.values()), strict=True)
+    for name, margin in zip(prompts, margins, strict=True):
+        print(f"{margin:8.4f}  {len(prompts[name]):5} tokens  {name!r}")
+    rows = torch.stack(list(logits.values()))
+    top = rows.topk(5)
+    logit_ids = np.random.default_rng(0).choice(rows.shape[1], 256, replace=False)
+    return {
+        "weights_digest": np.array(weights_digest(model_dir)),
+        "names": np.array(list(prompts)),
+        "lengths": np.array([len(ids) for ids in prompts.values()], np.int32),
+        "prompts": np.concatenate(list(prompts.values())).astype(np.int32),
+        "greedy": np.array(answers, np.int32),
+        "margins": np.array(margins, np.float32),
+        "logit_ids": logit_ids.astype(np.int32),
+        "logits": rows.numpy()[:, logit_ids],
+        "top_ids": top.indices.numpy().astype(np.int32),
+        "top_logits": top.values.numpy(),
+    }
+
+
+def weights_digest(model_dir: Path) -> str:
+    """Tells whether a directory holds the weights that the golden answers were made with."""
+    with safe_open(model_dir / "model.safetensors", "pt") as file:
+        matrix = file.get_tensor("model.layers.0.self_attn.q_proj.weight")
+    return hashlib.sha256(matrix.view(torch.uint16).numpy().tobytes()).hexdigest()
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["tiny"]:
             make_tiny()
         case ["rope"]:
             np.savez_compressed(GOLDEN / "rope.npz", **rope_tables())
+        case ["real", model_dir]:
+            np.savez_compressed(GOLDEN / "smollm2.npz", **real_answers(Path(model_dir)))
         case _:
             sys.exit(__doc__)
