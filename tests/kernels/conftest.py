@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cupaged.kernels.compile import load_from_cubin, set_loader
+from cupaged.kernels.compile import SOURCE_DIR, load_from_cubin, set_loader
 from host.build import HostLoader, find_compiler
 from kernel_tools import GpuRunner, HostRunner
 
@@ -33,7 +34,7 @@ def runner(request):
     """HostRunner or GpuRunner; launchers load their kernels for it while the test runs.
 
     On the host, thread blocks and warps run in an order drawn from the test's name; CUPAGED_HOST_SEED draws another,
-    and 0 keeps them in order.
+    and 0 keeps them in order. CUPAGED_HOST_SOURCES names a folder of other sources (tests/host/mutate.py).
     """
     if request.param == "gpu":
         yield GpuRunner()
@@ -44,7 +45,10 @@ def runner(request):
             pytest.fail(reason)
         pytest.skip(reason)
     seed = os.environ.get("CUPAGED_HOST_SEED")
-    loader = HostLoader(seed=zlib.crc32(request.node.nodeid.encode()) if seed is None else int(seed))
+    loader = HostLoader(
+        Path(os.environ.get("CUPAGED_HOST_SOURCES", SOURCE_DIR)),
+        zlib.crc32(request.node.nodeid.encode()) if seed is None else int(seed),
+    )
     set_loader(loader)
     yield HostRunner(loader)
     set_loader(load_from_cubin)

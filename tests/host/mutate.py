@@ -1,0 +1,645 @@
+"""Plant bugs in copies of the kernels, one at a time, and see whether the kernels' tests on the host find them.
+
+    python tests/host/mutate.py                          # all of them; writes docs/mutation.md
+    python tests/host/mutate.py --only "barrier" -n      # those whose kind, file or description has the word; no report
+
+Each mutation replaces text that occurs exactly once in a file of cuda_src. A mutant that doesn't compile, and text that
+is no longer there, are errors of this script. The unchanged kernels must pass first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "cuda_src"
+TESTS = ROOT / "tests" / "kernels"
+REPORT = ROOT / "docs" / "mutation.md"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    kind: str
+    file: str
+    bug: str  # what it is, in words
+    old: str
+    new: str
+    tests: tuple[str, ...]  # stems in tests/kernels, without test_
+    why_not: str = ""  # why the host can't see it, where it can't
+
+
+BARRIER, COPY, WARP, INDEX, EDGE, STATE, BLOCKS = (
+    "barrier",
+    "asynchronous copy",
+    "warp collective",
+    "index",
+    "edge",
+    "state and rounding",
+    "between thread blocks",
+)
+DECODE, PREFILL = ("paged_decode",), ("paged_prefill",)
+ATTENTION = ("paged_decode", "paged_prefill")
+
+MUTATIONS = (
+    # -- barriers -----------------------------------------------------------------------------------------------
+    Mutation(
+        BARRIER, "common.cuh", "block_sum reads the warps' sums before they are there",
+        "scratch[threadIdx.x / kWarpSize] = x;\n    __syncthreads();",
+        "scratch[threadIdx.x / kWarpSize] = x;",
+        ("rms_norm",),
+    ),
+    Mutation(
+        BARRIER, "token_order.cuh", "block_reduce gives its scratch back while others read it",
+        "x = op(x, scratch[w]);\n  __syncthreads();",
+        "x = op(x, scratch[w]);",
+        ("logprobs",),
+    ),
+    Mutation(
+        BARRIER, "sampler.cu", "the histogram is filled while it is still being cleared",
+        "shared.low[d] = shared.high[d] = 0;\n      __syncthreads();",
+        "shared.low[d] = shared.high[d] = 0;",
+        ("sampler",),
+    ),
+    Mutation(
+        BARRIER, "sampler.cu", "the digit is read before it is found",
+        "find_digit(shared, target);\n      __syncthreads();",
+        "find_digit(shared, target);",
+        ("sampler",),
+    ),
+    Mutation(
+        BARRIER, "sampler.cu", "a part's sum is overwritten while others still walk over the sums",
+        "point -= shared.parts[w++];\n      __syncthreads();",
+        "point -= shared.parts[w++];",
+        ("sampler",),
+    ),
+    Mutation(
+        BARRIER, "paged_tile.cuh", "no barrier between a tile's copies and its use",
+        "__syncthreads();  // all threads' copies are there",
+        "// all threads' copies are there",
+        DECODE,
+    ),
+    Mutation(
+        BARRIER, "paged_decode.cu", "the warps' results overwrite the ring while others read it",
+        "cp_async_wait_group<0>();\n  __syncthreads();",
+        "cp_async_wait_group<0>();",
+        DECODE,
+    ),
+    Mutation(
+        BARRIER, "paged_decode.cu", "the warps' results are merged before they are all there",
+        "  __syncthreads();\n\n  const long long first_out",
+        "\n  const long long first_out",
+        DECODE,
+    ),
+    Mutation(
+        BARRIER, "paged_prefill.cu", "rows are stored before the warp's other lanes have put them there",
+        "  __syncwarp();\n",
+        "",
+        PREFILL,
+    ),
+    Mutation(
+        BARRIER, "linear.cu", "the next stage is read before the others' copies are there",
+        "__syncthreads();  // the next stage is there",
+        "// the next stage is there",
+        ("linear",),
+    ),
+    Mutation(
+        BARRIER, "linear.cu", "sums overwrite fragments that other warps have yet to read",
+        "__syncthreads();  // every warp has read",
+        "// every warp has read",
+        ("linear",),
+    ),
+    Mutation(
+        BARRIER, "linear_small.cu", "a lane's sums overwrite the ring of a lane that still reads",
+        "__syncwarp();              // and",
+        "// and",
+        ("linear",),
+    ),
+    Mutation(
+        BARRIER, "linear_small.cu", "the warps' sums are added before they are all there",
+        "= sum[r][t][e];\n  __syncthreads();",
+        "= sum[r][t][e];",
+        ("linear",),
+    ),
+    Mutation(
+        BARRIER, "token_order.cuh", "a barrier that only one lane of each warp reaches",
+        "scratch[threadIdx.x / kWarpSize] = x;\n  __syncthreads();",
+        "scratch[threadIdx.x / kWarpSize] = x, __syncthreads();",
+        ("logprobs",),
+    ),
+    # -- asynchronous copies ------------------------------------------------------------------------------------
+    Mutation(
+        COPY, "linear.cu", "the loop's wait leaves one group too many under way",
+        "cp_async_wait_group<kStages - 2>();\n        __syncthreads();",
+        "cp_async_wait_group<kStages - 1>();\n        __syncthreads();",
+        ("linear",),
+    ),
+    Mutation(
+        COPY, "linear.cu", "the first wait leaves one group too many under way",
+        "cp_async_wait_group<kStages - 2>();\n  __syncthreads();",
+        "cp_async_wait_group<kStages - 1>();\n  __syncthreads();",
+        ("linear",),
+    ),
+    Mutation(
+        COPY, "linear.cu", "no group at the end, where nothing is left to copy",
+        "weight_copier.copy(stage + kTileM * kTileK);\n    }\n    cp_async_commit_group();",
+        "weight_copier.copy(stage + kTileM * kTileK);\n      cp_async_commit_group();\n    }",
+        ("linear",),
+    ),
+    Mutation(
+        COPY, "linear.cu", "a stage is filled while it is still being read",
+        "if (step == 0) copy_stage(tile + kStages - 1);",
+        "if (step == 0) copy_stage(tile + kStages);",
+        ("linear",),
+    ),
+    Mutation(
+        COPY, "linear_small.cu", "the wait leaves one group too many under way",
+        "cp_async_wait_group<kStages - 1>();",
+        "cp_async_wait_group<kStages>();",
+        ("linear",),
+    ),
+    Mutation(
+        COPY, "linear_small.cu", "sums are put where copies are still under way",
+        "cp_async_wait_group<0>();  // the zeros",
+        "// the zeros",
+        ("linear",),
+    ),
+    Mutation(
+        COPY, "paged_tile.cuh", "the wait leaves one group too many under way",
+        "cp_async_wait_group<kStages - 2>();",
+        "cp_async_wait_group<kStages - 1>();",
+        DECODE,
+    ),
+    Mutation(
+        COPY, "paged_tile.cuh", "a tile is overwritten before all threads have left it",
+        "__syncthreads();  // all threads' copies are there, and all threads have left the tile that load() "
+        "overwrites\n    load();",
+        "load();\n    __syncthreads();",
+        DECODE,
+    ),
+    Mutation(
+        COPY, "paged_tile.cuh", "no group at the end, where nothing is left to load",
+        "cp_async_commit_group();  // also",
+        "if (loaded_ < 2 * num_tiles_) cp_async_commit_group();  // also",
+        ATTENTION,
+    ),
+    Mutation(
+        COPY, "paged_tile.cuh", "rows outside of the range are loaded, NaN and all",
+        "src + chunk * 8, key == source);",
+        "src + chunk * 8, true);",
+        ATTENTION,
+    ),
+    # -- warp collectives ---------------------------------------------------------------------------------------
+    Mutation(
+        WARP, "common.cuh", "warp_max and warp_sum with half a mask",
+        "constexpr unsigned kFullMask = 0xffffffffu;",
+        "constexpr unsigned kFullMask = 0x0000ffffu;",
+        ("rms_norm",),
+    ),
+    Mutation(
+        WARP, "rope.cu", "idle lanes leave before the shuffle",
+        "  if constexpr (kNorm) {\n    float sum_sq",
+        "  if (!active) return;\n  if constexpr (kNorm) {\n    float sum_sq",
+        ("rope",),
+    ),
+    Mutation(
+        WARP, "rope.cu", "the last step of the sum over a head is missing",
+        "offset = kLanes / 2; offset > 0;",
+        "offset = kLanes / 2; offset > 1;",
+        ("rope",),
+    ),
+    Mutation(
+        WARP, "warp_attention.cuh", "the maximum is taken over two of the row's four lanes",
+        "        top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2));  // now",
+        "        // now",
+        ATTENTION,
+        why_not="any base of the exponentials gives the same weights up to rounding, as long as a row's lanes agree on "
+        "it where they meet",
+    ),
+    Mutation(
+        WARP, "warp_attention.cuh", "the sum is taken over two of the row's four lanes",
+        "        sum += __shfl_xor_sync(kFullMask, sum, 2);\n",
+        "",
+        ATTENTION,
+    ),
+    Mutation(
+        WARP, "sampler.cu", "the scan leaves out one lane in each step",
+        "if (lane >= offset) x += below;",
+        "if (lane > offset) x += below;",
+        ("sampler",),
+    ),
+    Mutation(
+        WARP, "paged_prefill.cu", "a lane without a query row skips the warp's products",
+        "    if (seen) {\n      attention.score",
+        "    if (seen && first_row + warp_row + lane / 4 < num_rows) {\n      attention.score",
+        PREFILL,
+    ),
+    # -- indices ------------------------------------------------------------------------------------------------
+    Mutation(
+        INDEX, "paged_tile.cuh", "the block table is not used",
+        "block_table_[source >> block_shift_]",
+        "source >> block_shift_",
+        DECODE,
+    ),
+    Mutation(
+        INDEX, "paged_tile.cuh", "keys are loaded in place of values",
+        "loaded_ % 2 == 0 ? kv_.k_offset : kv_.v_offset",
+        "loaded_ % 2 == 0 ? kv_.k_offset : kv_.k_offset",
+        DECODE,
+    ),
+    Mutation(
+        INDEX, "paged_tile.cuh", "no key is taken from the last place of a block",
+        "source & ((1 << block_shift_) - 1)",
+        "min(source & ((1 << block_shift_) - 1), (1 << block_shift_) - 2)",
+        DECODE,
+    ),
+    Mutation(
+        INDEX, "paged_kv.cuh", "the slab's blocks are counted from the first slab's start",
+        "    const int index = block_id & ((1 << slab_shift) - 1);\n    // 64-bit",
+        "    const int index = block_id;\n    // 64-bit",
+        ("rope",),
+    ),
+    Mutation(
+        INDEX, "paged_kv.cuh", "every head writes to head 0",
+        "((long long)index * num_kv_heads + kv_head) * (kBlockSize * kHeadDim)",
+        "((long long)index * num_kv_heads) * (kBlockSize * kHeadDim)",
+        ("rope",),
+    ),
+    Mutation(
+        INDEX, "rope.cu", "the slot's place in its block is not taken modulo the block size",
+        "(slot % kBlockSize) * kHeadDim",
+        "slot * kHeadDim",
+        ("rope",),
+    ),
+    Mutation(
+        INDEX, "rope.cu", "keys and values change places",
+        "scalar_t* block = is_value ?",
+        "scalar_t* block = !is_value ?",
+        ("rope",),
+    ),
+    Mutation(
+        INDEX, "rope.cu", "pairs are neighbours in the cosine table, not halves",
+        "load_float8(row + rotary_dim / 2 + i)",
+        "load_float8(row + i)",
+        ("rope",),
+    ),
+    Mutation(
+        INDEX, "rope.cu", "values are counted with the keys' heads",
+        "head - num_heads - (is_value ? kv.num_kv_heads : 0)",
+        "head - num_heads",
+        ("rope",),
+    ),
+    Mutation(
+        INDEX, "paged_decode.cu", "all splits leave their result in one place",
+        "(first_out + row) * num_splits + split_index;",
+        "(first_out + row) * num_splits;",
+        DECODE,
+    ),
+    Mutation(
+        INDEX, "paged_decode.cu", "the second tile of a group's heads begins at the first again",
+        "kv_head * group + first_row;",
+        "kv_head * group;",
+        DECODE,
+    ),
+    Mutation(
+        INDEX, "linear.cu", "the last group of token tiles is taken for a whole one",
+        "min(kGroupM, tiles_m - group * kGroupM)",
+        "kGroupM",
+        ("linear",),
+    ),
+    Mutation(
+        INDEX, "linear_small.cu", "registers of the weights' fragment change places",
+        "{low[0], high[0], low[1], high[1]}",
+        "{low[0], low[1], high[0], high[1]}",
+        ("linear",),
+    ),
+    Mutation(
+        INDEX, "activation.cu", "up is read one row early",
+        "gate_up + 2 * row + intermediate_size + i",
+        "gate_up + row + intermediate_size + i",
+        ("activation",),
+    ),
+    Mutation(
+        INDEX, "copy_blocks.cu", "the destination is found with the source's slab size",
+        "run_of_block(dst_slabs, dst_slab_shift,",
+        "run_of_block(dst_slabs, src_slab_shift,",
+        ("copy_blocks",),
+    ),
+    # -- edges --------------------------------------------------------------------------------------------------
+    Mutation(
+        EDGE, "rms_norm.cu", "one vector past the row is read",
+        "if (i >= hidden_size) break;\n    v[n]",
+        "if (i > hidden_size) break;\n    v[n]",
+        ("rms_norm",),
+    ),
+    Mutation(
+        EDGE, "linear.cu", "one chunk past the row is copied",
+        "row + i * kRowsAtOnce < num_rows && column < k",
+        "row + i * kRowsAtOnce < num_rows && column <= k",
+        ("linear",),
+    ),
+    Mutation(
+        EDGE, "linear.cu", "one row past the last is copied",
+        "row + i * kRowsAtOnce < num_rows && column < k",
+        "row + i * kRowsAtOnce <= num_rows && column < k",
+        ("linear",),
+    ),
+    Mutation(
+        EDGE, "linear.cu", "one token past the last is stored",
+        "first_token + row < m ?",
+        "first_token + row <= m ?",
+        ("linear",),
+    ),
+    Mutation(
+        EDGE, "linear_small.cu", "one token past the last is copied",
+        "token + 8 * i < m",
+        "token + 8 * i <= m",
+        ("linear",),
+    ),
+    Mutation(
+        EDGE, "warp_attention.cuh", "a token attends to its successor",
+        "key >= row_end ||",
+        "key > row_end ||",
+        PREFILL,
+    ),
+    Mutation(
+        EDGE, "warp_attention.cuh", "the window is one key too small",
+        "key < row_end - window",
+        "key <= row_end - window",
+        ATTENTION,
+    ),
+    Mutation(
+        EDGE, "paged_prefill.cu", "a tile that ends one key too late is not masked",
+        "first_key + kKeys <= warp_first_end &&",
+        "first_key + kKeys <= warp_first_end + 1 &&",
+        PREFILL,
+    ),
+    Mutation(
+        EDGE, "paged_prefill.cu", "one row past the tile's last is stored",
+        "if (source < num_rows) {",
+        "if (source <= num_rows) {",
+        PREFILL,
+    ),
+    Mutation(
+        EDGE, "paged_decode.cu", "a tile that begins before the split's range is not masked",
+        "if (first_key < split.begin || first_key + kKeys > split.end)",
+        "if (first_key + kKeys > split.end)",
+        DECODE,
+    ),
+    Mutation(
+        EDGE, "paged_decode.cu", "the last split ends with the longest sequence",
+        "end = min(seq_len, start + (index + 1) * size);",
+        "end = start + (index + 1) * size;",
+        DECODE,
+    ),
+    Mutation(
+        EDGE, "embedding.cu", "the id after the last row is taken for a row",
+        "id < num_rows;",
+        "id <= num_rows;",
+        ("embedding",),
+    ),
+    Mutation(
+        EDGE, "rope.cu", "slot -1 is written to",
+        "if (slot < 0) return;",
+        "if (slot < -1) return;",
+        ("rope",),
+    ),
+    Mutation(
+        EDGE, "sampler.cu", "a draw at the very start of a part goes to the part before",
+        "while (point >= shared.parts[w])",
+        "while (point > shared.parts[w])",
+        ("sampler",),
+    ),
+    Mutation(
+        EDGE, "sampler.cu", "top_k keeps one token too many",
+        "above + mine >= target",
+        "above + mine > target",
+        ("sampler",),
+    ),
+    Mutation(
+        EDGE, "logits.cu", "the mask's last word is left out",
+        "id < vocab_size &&",
+        "id < vocab_size / 32 * 32 &&",
+        ("logits",),
+    ),
+    # -- state and rounding -------------------------------------------------------------------------------------
+    Mutation(
+        STATE, "softmax_state.cuh", "a row that has seen nothing gives NaN",
+        "max == kNegInf ? 0.f : max",
+        "max",
+        ATTENTION,
+    ),
+    Mutation(
+        STATE, "softmax_state.cuh", "an empty sequence gives NaN",
+        "sum == 0.f ? 0.f : 1.f / sum",
+        "1.f / sum",
+        ATTENTION,
+    ),
+    Mutation(
+        STATE, "softmax_state.cuh", "the older sum is not moved to the new maximum",
+        "    sum *= factor;\n",
+        "",
+        ATTENTION,
+    ),
+    Mutation(
+        STATE, "softmax_state.cuh", "sums are merged without their factor",
+        "sum += other * state.sum;",
+        "sum += state.sum;",
+        DECODE,
+    ),
+    Mutation(
+        STATE, "warp_attention.cuh", "half of the older results are not moved to the new maximum",
+        "          out[r][j][2 * half + 1] *= factor;\n",
+        "",
+        ATTENTION,
+    ),
+    Mutation(
+        STATE, "paged_decode.cu", "the counter of splits is not set back for the next launch",
+        "if (threadIdx.x == 0) *counter = 0;",
+        "",
+        DECODE,
+    ),
+    Mutation(
+        STATE, "common.cuh", "bfloat16 is cut off instead of rounded",
+        "from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }",
+        "from_float<__nv_bfloat16>(float x) { return __ushort_as_bfloat16(__float_as_uint(x) >> 16); }",
+        ("rms_norm",),
+    ),
+    Mutation(
+        STATE, "rms_norm.cu", "epsilon is added to the sum, not to the mean",
+        "/ hidden_size + eps)",
+        "/ (hidden_size + eps))",
+        ("rms_norm",),
+    ),
+    Mutation(
+        STATE, "linear.cu", "sums start with what was in the registers",
+        "float sum[kBlocksM][kBlocksN][4] = {};",
+        "float sum[kBlocksM][kBlocksN][4];",
+        ("linear",),
+    ),
+    # -- between thread blocks ----------------------------------------------------------------------------------
+    Mutation(
+        BLOCKS, "paged_decode.cu", "the first split to arrive merges, not the last",
+        "== split.count - 1;",
+        "== 0;",
+        DECODE,
+    ),
+    Mutation(
+        BLOCKS, "paged_decode.cu", "no fence before a split announces its results",
+        "  __threadfence();  // this thread's partial results before its arrival\n",
+        "",
+        DECODE,
+        why_not="thread blocks run one after another here, so global memory is always in order",
+    ),
+    Mutation(
+        BLOCKS, "paged_decode.cu", "a split is announced before all of its threads have written",
+        "before its arrival\n  __syncthreads();",
+        "before its arrival",
+        DECODE,
+        why_not="thread blocks run one after another here: the whole block has written before the next one starts",
+    ),
+    Mutation(
+        BLOCKS, "rms_norm.cu", "a row's offset is computed in 32 bits",
+        "(long long)blockIdx.x * hidden_size;",
+        "(int)(blockIdx.x * hidden_size);",
+        ("rms_norm",),
+        why_not="it takes an array of more than 2^31 elements, too large for these tests",
+    ),
+)  # fmt: skip
+
+
+# -- running them ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    mutation: Mutation
+    caught: bool
+    test: str = ""  # the first that failed
+    finding: str = ""  # its message
+    seconds: float = 0
+
+    @property
+    def how(self) -> str:
+        """What kind of check found it."""
+        if not self.caught:
+            return ""
+        for how, pattern in FINDINGS.items():
+            if re.search(pattern, self.finding):
+                return how
+        return "wrong result"
+
+
+FINDINGS = {
+    "race": r"race: ",
+    "out of bounds": r"out of bounds: ",
+    "undefined behaviour": r"undefined behaviour: ",
+    "collective": r"does not take part|not reached by all|in which it is not|which is not in mask",
+}
+
+
+def apply(mutation: Mutation, folder: Path) -> None:
+    """Write a copy of the sources with the bug in it to the folder."""
+    shutil.copytree(SOURCES, folder)
+    path = folder / mutation.file
+    text = path.read_text()
+    if text.count(mutation.old) != 1:
+        sys.exit(f"{mutation.file}: {mutation.bug}: the text occurs {text.count(mutation.old)} times, not once")
+    path.write_text(text.replace(mutation.old, mutation.new))
+
+
+def run_tests(stems: Sequence[str], sources: Path, scratch: Path) -> tuple[int, str]:
+    """(pytest's exit status, its output) of the tests over other sources, up to the first failure."""
+    files = [str(TESTS / f"test_{stem}.py") for stem in stems]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-m", "not gpu"]
+    environment = os.environ | {"CUPAGED_HOST_SOURCES": str(sources), "TMPDIR": str(scratch)}
+    result = subprocess.run([*command, *files], capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    if "doesn't compile for the host" in result.stdout:
+        sys.exit(f"{sources}: a mutant must compile:\n{result.stdout}")
+    return result.returncode, result.stdout
+
+
+def try_mutation(mutation: Mutation, scratch: Path) -> Outcome:
+    sources = scratch / "sources"
+    shutil.rmtree(sources, ignore_errors=True)
+    apply(mutation, sources)
+    start = time.monotonic()
+    status, output = run_tests(mutation.tests, sources, scratch)
+    seconds = time.monotonic() - start
+    if status == 0:
+        return Outcome(mutation, False, seconds=seconds)
+    test = re.search(r"^FAILED \S*/(\S+)", output, re.MULTILINE)
+    finding = re.search(r"(?:Error|Exception): (.*)", output)
+    if not test or not finding:
+        sys.exit(f"{mutation.file}: {mutation.bug}: pytest ended with {status}:\n{output}")
+    return Outcome(mutation, True, test[1], finding[1], seconds)
+
+
+def report(outcomes: Sequence[Outcome]) -> str:
+    lines = [
+        "# Mutation check of the kernels",
+        "",
+        "Written by `python tests/host/mutate.py`: each bug was planted alone in a copy of the kernels, then the "
+        "kernel's tests ran on the host build. Caught means that a test failed.",
+        "",
+        "| kind | caught | planted |",
+        "|---|---|---|",
+    ]
+    kinds = dict.fromkeys(outcome.mutation.kind for outcome in outcomes)
+    for kind in [*kinds, None]:
+        of_kind = [outcome for outcome in outcomes if kind in (None, outcome.mutation.kind)]
+        lines.append(f"| {kind or '**all**'} | {sum(outcome.caught for outcome in of_kind)} | {len(of_kind)} |")
+    lines += ["", "Found as:", "", "| finding | mutants |", "|---|---|"]
+    for how in [*FINDINGS, "wrong result"]:
+        lines.append(f"| {how} | {sum(outcome.how == how for outcome in outcomes)} |")
+    missed = [outcome.mutation for outcome in outcomes if not outcome.caught]
+    if missed:
+        lines += ["", "## Not caught", ""]
+        lines += [f"- `{m.file}`: {m.bug}: {m.why_not or '**no reason known: a test is missing**'}" for m in missed]
+    lines += ["", "## Caught", "", "| kind | file | bug | found as | by |", "|---|---|---|---|---|"]
+    for outcome in outcomes:
+        if outcome.caught:
+            m = outcome.mutation
+            test = outcome.test.split("[")[0].split("::")[1]
+            lines.append(f"| {m.kind} | `{m.file}` | {m.bug} | {outcome.how} | `{test}` |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="WORD", help="mutations whose kind, file or bug has the word")
+    parser.add_argument("-n", "--no-report", action="store_true", help="don't write docs/mutation.md")
+    options = parser.parse_args()
+    chosen = [m for m in MUTATIONS if options.only in f"{m.kind} {m.file} {m.bug}"]
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        for mutation in chosen:  # all texts must be there before hours are spent
+            apply(mutation, scratch / "sources")
+            shutil.rmtree(scratch / "sources")
+        stems = sorted({stem for mutation in chosen for stem in mutation.tests})
+        status, output = run_tests(stems, SOURCES, scratch)
+        if status:
+            sys.exit(f"the tests must pass before bugs are planted:\n{output}")
+        outcomes = []
+        for mutation in chosen:
+            outcome = try_mutation(mutation, scratch)
+            outcomes.append(outcome)
+            verdict = f"caught: {outcome.finding}" if outcome.caught else "NOT CAUGHT"
+            print(f"{outcome.seconds:5.0f} s  {mutation.file}: {mutation.bug}: {verdict}", flush=True)
+    print(f"{sum(outcome.caught for outcome in outcomes)} of {len(outcomes)} caught")
+    if not options.no_report:
+        REPORT.parent.mkdir(exist_ok=True)
+        REPORT.write_text(report(outcomes))
+
+
+if __name__ == "__main__":
+    main()
