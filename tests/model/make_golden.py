@@ -194,7 +194,7 @@ def real_prompts(model_dir: Path) -> dict[str, list[int]]:
     """name -> token ids."""
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
-    prompts = {text.strip()[:24]: encode(text) for text in REAL_TEXTS}
+    prompts = {text[:24]: encode(text) for text in REAL_TEXTS}
     prompts |= {
         question[:24]: encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
         for question in REAL_QUESTIONS
