@@ -194,8 +194,8 @@ MUTATIONS = (
     ),
     Mutation(
         COPY, "paged_tile.cuh", "rows outside of the range are loaded, NaN and all",
-        "src + chunk * 8, key == source);",
-        "src + chunk * 8, true);",
+        "min(max(key, begin_), end_ - 1);",
+        "key;",
         ATTENTION,
     ),
     # -- warp collectives ---------------------------------------------------------------------------------------
@@ -222,8 +222,6 @@ MUTATIONS = (
         "        top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2));  // now",
         "        // now",
         ATTENTION,
-        why_not="any base of the exponentials gives the same weights up to rounding, as long as a row's lanes agree on "
-        "it where they meet",
     ),
     Mutation(
         WARP, "warp_attention.cuh", "the sum is taken over two of the row's four lanes",
@@ -578,10 +576,10 @@ def try_mutation(mutation: Mutation, scratch: Path) -> Outcome:
     if status == 0:
         return Outcome(mutation, False, seconds=seconds)
     test = re.search(r"^FAILED \S*/(\S+)", output, re.MULTILINE)
-    finding = re.search(r"(?:Error|Exception): (.*)", output)
+    finding = re.search(r"^E +(?:[\w.]+: )?(.*)|(?:Error|Exception): (.*)", output, re.MULTILINE)
     if not test or not finding:
         sys.exit(f"{mutation.file}: {mutation.bug}: pytest ended with {status}:\n{output}")
-    return Outcome(mutation, True, test[1], finding[1], seconds)
+    return Outcome(mutation, True, test[1], finding[1] or finding[2], seconds)
 
 
 def report(outcomes: Sequence[Outcome]) -> str:

@@ -30,6 +30,18 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture
+def compiler() -> str:
+    """The C++ compiler that builds kernels for the host. Without one the test is skipped, or fails if CI is set."""
+    compiler = find_compiler()
+    if compiler is None:
+        reason = "kernels run on the CPU through g++ (or what CXX names), which is not installed"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return compiler
+
+
+@pytest.fixture
 def runner(request):
     """HostRunner or GpuRunner; launchers load their kernels for it while the test runs.
 
@@ -39,11 +51,7 @@ def runner(request):
     if request.param == "gpu":
         yield GpuRunner()
         return
-    if find_compiler() is None:
-        reason = "kernels run on the CPU through g++, which is not installed (or named by CXX)"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+    request.getfixturevalue("compiler")
     seed = os.environ.get("CUPAGED_HOST_SEED")
     loader = HostLoader(
         Path(os.environ.get("CUPAGED_HOST_SOURCES", SOURCE_DIR)),
