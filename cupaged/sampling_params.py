@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 
 from cupaged.arguments import is_finite_number, is_int, require
@@ -32,11 +33,20 @@ class SamplingParams:
     min_p: keep tokens at least min_p times as likely as the most likely one, in [0, 1].
     seed: makes the draws repeatable, whatever else runs in the batch; None draws a fresh one.
     max_tokens: the most tokens to generate, at least 1; None means up to the context's end.
+    min_tokens: until there are this many, no EOS id and none of stop_token_ids is drawn, and no stop string counts.
     stop: strings that end the output; they are cut off unless include_stop_str_in_output.
     stop_token_ids: ids that end the output, besides the model's EOS ids.
     ignore_eos: go on after an EOS id.
+    repetition_penalty: divides a positive logit, multiplies a negative one, of each token that the prompt or the
+        output holds; in [1e-6, 1e6], 1 does nothing.
+    presence_penalty: is subtracted from the logit of each token that the output holds, in [-2, 2].
+    frequency_penalty: is subtracted as many times as the output holds the token, in [-2, 2].
+    logit_bias: {token id: what is added to its logit, before the penalties}; -inf forbids the token.
+    bad_words: texts that are not to be generated: the last token of one is forbidden when those before it have just
+        been drawn, spelled with or without a space in front.
+    allowed_token_ids: no other ids are drawn; None allows all.
     logprobs: for each generated token, the log probabilities of this many most likely tokens and of the
-        sampled one (0: of the sampled one alone); None computes none.
+        sampled one (0: of the sampled one alone); None computes none. Biases and penalties don't show in them.
     skip_special_tokens: leave special tokens such as EOS out of the text.
     detokenize: turn the output into text; token ids come in any case.
     output_kind: what the outputs of the steps hold. LLM.generate always gives the final ones.
@@ -50,9 +60,16 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int | None = None
     max_tokens: int | None = 16
+    min_tokens: int = 0
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    bad_words: Sequence[str] | None = None
+    allowed_token_ids: Sequence[int] | None = None
     logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -63,6 +80,10 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        bad_words = (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words or ())
+        object.__setattr__(self, "bad_words", bad_words)
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
 
         require(
             is_finite_number(self.temperature) and self.temperature >= 0,
@@ -74,6 +95,11 @@ class SamplingParams:
         require(
             self.max_tokens is None or (is_int(self.max_tokens) and self.max_tokens >= 1),
             "max_tokens", self.max_tokens, "an integer >= 1, or None for no limit",
+        )  # fmt: skip
+        require(is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", self.min_tokens, "an integer >= 0")
+        require(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            "min_tokens", self.min_tokens, f"at most max_tokens={self.max_tokens}",
         )  # fmt: skip
         require(
             self.seed is None or (is_int(self.seed) and 0 <= self.seed < 2**64),
@@ -89,6 +115,33 @@ class SamplingParams:
         require(
             all(is_int(t) and t >= 0 for t in self.stop_token_ids),
             "stop_token_ids", self.stop_token_ids, "token ids >= 0",
+        )  # fmt: skip
+        require(
+            is_finite_number(self.repetition_penalty) and 1e-6 <= self.repetition_penalty <= 1e6,
+            "repetition_penalty", self.repetition_penalty, "in [1e-6, 1e6] (1 does nothing)",
+        )  # fmt: skip
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            require(is_finite_number(value) and -2 <= value <= 2, name, value, "in [-2, 2]")
+        require(
+            self.logit_bias is None
+            or (
+                isinstance(self.logit_bias, Mapping)
+                and all(
+                    is_int(t) and t >= 0 and (is_finite_number(b) or b == -math.inf)
+                    for t, b in self.logit_bias.items()
+                )
+            ),
+            "logit_bias", self.logit_bias, "a dict from token ids >= 0 to finite numbers, or -inf",
+        )  # fmt: skip
+        require(
+            all(isinstance(s, str) and s for s in bad_words),
+            "bad_words", self.bad_words, "a non-empty string, or several of them",
+        )  # fmt: skip
+        require(
+            self.allowed_token_ids is None
+            or (len(self.allowed_token_ids) > 0 and all(is_int(t) and t >= 0 for t in self.allowed_token_ids)),
+            "allowed_token_ids", self.allowed_token_ids, "token ids >= 0, at least one, or None for all",
         )  # fmt: skip
         require(not (stop and not self.detokenize), "detokenize", self.detokenize, "True when stop strings are given")
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from cupaged.backends import sampling_reference
 from cupaged.config import EngineConfig, ModelConfig
 from cupaged.engine.engine import Engine
 from cupaged.engine.sequence import SequenceState
@@ -72,6 +73,9 @@ class FakeBackend:
     def copy_in(self, dst, src):
         dst[...] = src
 
+    def copy(self, dst, src):
+        dst[...] = src
+
     def to_host(self, src):
         return src.copy()
 
@@ -86,6 +90,9 @@ class FakeBackend:
 
     def close(self):
         self.closed = True
+
+    keep_allowed = staticmethod(sampling_reference.keep_allowed)
+    edit_logits = staticmethod(sampling_reference.edit_logits)
 
     def sample(self, token_ids, logits, rows, vocab_size):
         for i, (row, params) in enumerate(zip(logits[:, :vocab_size], rows, strict=True)):

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -36,6 +37,28 @@ from cupaged.sampling_params import MAX_LOGPROBS, SamplingParams
         ("stop", [1]),
         ("stop_token_ids", [-1]),
         ("stop_token_ids", ["a"]),
+        ("min_tokens", -1),
+        ("min_tokens", 1.0),
+        ("min_tokens", 17),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-7),
+        ("repetition_penalty", math.inf),
+        ("repetition_penalty", None),
+        ("presence_penalty", 2.1),
+        ("presence_penalty", math.nan),
+        ("frequency_penalty", -2.1),
+        ("frequency_penalty", "1"),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {"5": 1.0}),
+        ("logit_bias", {5: math.inf}),
+        ("logit_bias", {5: math.nan}),
+        ("logit_bias", {5: None}),
+        ("logit_bias", [5]),
+        ("bad_words", ["a", ""]),
+        ("bad_words", [1]),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [-1]),
+        ("allowed_token_ids", ["a"]),
     ],
 )
 def test_nonsense_is_named(name, value):
@@ -52,12 +75,24 @@ def test_defaults_are_vllms():
     assert params.detokenize
     assert params.skip_special_tokens
     assert not params.ignore_eos
+    assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.0, 0.0, 0.0)
+    assert (params.logit_bias, params.allowed_token_ids, params.bad_words, params.min_tokens) == (None, None, (), 0)
 
 
 def test_edges_that_make_sense():
     SamplingParams(temperature=0, top_p=1, min_p=1, top_k=-1, max_tokens=None, seed=2**64 - 1, logprobs=0)
     assert SamplingParams(stop="a").stop == ("a",)
     assert SamplingParams(stop=["a", "b"], stop_token_ids=[3]).stop_token_ids == (3,)
+    SamplingParams(min_tokens=16, presence_penalty=-2, frequency_penalty=2, repetition_penalty=1e-6)
+    SamplingParams(min_tokens=10**9, max_tokens=None, logit_bias={0: -math.inf, 1: 100})
+    assert SamplingParams(bad_words="a", allowed_token_ids=[3]).bad_words == ("a",)
+
+
+def test_parameters_can_be_compared_and_hashed():
+    params = SamplingParams(logit_bias={3: 1.0}, stop=["a"], bad_words=["b"], allowed_token_ids=[1])
+    assert replace(params) == params
+    assert hash(replace(params)) == hash(params)
+    assert replace(params, logit_bias={3: 2.0}) != params
 
 
 def test_stop_strings_need_text():

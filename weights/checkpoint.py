@@ -19,7 +19,6 @@ from cupaged.weights.safetensors_file import open_safetensors
 # Keys of generation_config.json that would change the output and that nothing here computes -> the values at which
 # they change nothing.
 _NOT_COMPUTED = {
-    "repetition_penalty": (1,),
     "no_repeat_ngram_size": (0,),
     "typical_p": (1,),
     "num_beams": (1,),
@@ -118,7 +117,7 @@ class Checkpoint:
 
 def _sampling_defaults(generation: Keys) -> dict[str, Any]:
     defaults: dict[str, Any] = {}
-    for key in ("temperature", "top_p", "min_p"):
+    for key in ("temperature", "top_p", "min_p", "repetition_penalty"):
         if key in generation:
             defaults[key] = generation.number(key)
     if "top_k" in generation:

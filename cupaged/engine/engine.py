@@ -12,8 +12,10 @@ from cupaged.backends.base import Backend
 from cupaged.config import EngineConfig, ModelConfig
 from cupaged.engine.block_manager import BlockManager
 from cupaged.engine.block_pool import BlockPool
+from cupaged.engine.logit_edits import LogitRules
 from cupaged.engine.output_text import OutputText
-from cupaged.engine.runner import Logprobs, Runner
+from cupaged.engine.runner import Runner
+from cupaged.engine.sampler import Logprobs
 from cupaged.engine.scheduler import Schedule, Scheduler
 from cupaged.engine.sequence import Request, Sequence, SequenceState
 from cupaged.errors import OutOfMemoryError
@@ -91,11 +93,20 @@ class Engine:
             raise ValueError("stop: strings need a tokenizer; this engine has none")
         seed = params.seed if params.seed is not None else self._rng.getrandbits(64)
         text = prompt if isinstance(prompt, str) else None
-        request = Request(request_id, text, token_ids, params, seed, time.monotonic())
+        logit_rules = None
+        if LogitRules.asked_by(params):
+            logit_rules = LogitRules(
+                params,
+                token_ids,
+                vocab_size=self.runner.vocab_size,
+                eos_token_ids=self.model.eos_token_ids,
+                tokenizer=self.tokenizer,
+            )
+        request = Request(request_id, text, token_ids, params, seed, time.monotonic(), logit_rules)
         for seq in request.sequences:
             if params.detokenize and self.tokenizer is not None:
                 decoder = self.tokenizer.decoder(params.skip_special_tokens)
-                seq.output_text = OutputText(decoder, params.stop, params.include_stop_str_in_output)
+                seq.output_text = OutputText(decoder, params.stop, params.include_stop_str_in_output, params.min_tokens)
             self.scheduler.add(seq)
         self._requests[request_id] = request
 
@@ -261,6 +272,8 @@ class Engine:
         """Append a drawn token and finish the sequence if it is the last."""
         if token_id < 0:
             seq.error = f"the model gave no finite logit after {len(seq.token_ids)} tokens"
+            if seq.logit_edits is not None:
+                seq.error += ", or none to a token that logit_bias, min_tokens, bad_words and allowed_token_ids allow"
             self._finish(seq, "error")
             return
         params = seq.request.params

@@ -20,18 +20,24 @@ class OutputText:
     A stop string ends the text where its last character arrives; of several that end there, the longest counts.
     So the result doesn't depend on how the text is cut into tokens.
 
-    decoder: turns tokens into text. stop: the stop strings. include_stop: keep the one that was found.
+    decoder: turns tokens into text. stop: the stop strings. include_stop: keep the one that was found. min_tokens: a
+    stop string whose last character comes with one of the first min_tokens tokens doesn't count.
     """
 
-    def __init__(self, decoder: TextDecoder, stop: tuple[str, ...] = (), include_stop: bool = False):
+    def __init__(
+        self, decoder: TextDecoder, stop: tuple[str, ...] = (), include_stop: bool = False, min_tokens: int = 0
+    ):
         self.text = ""
         self._decoder = decoder
         self._stop = stop
         self._include_stop = include_stop
+        self._min_tokens = min_tokens
+        self._num_tokens = 0
         self._held = ""  # the longest end of what was decoded that may become a stop string
 
     def push(self, token_id: int) -> str | None:
         """Add a token; returns the stop string that it completes, if any, after which nothing may be added."""
+        self._num_tokens += 1
         return self._add(self._decoder.push(token_id))
 
     def flush(self) -> str | None:
@@ -46,7 +52,13 @@ class OutputText:
             self.text += piece
             return None
         text = self._held + piece
-        matches = [(start + len(s), start, s) for s in self._stop if (start := text.find(s)) >= 0]
+        matches = []
+        if self._num_tokens > self._min_tokens:
+            for s in self._stop:
+                # It must end in `piece`: what ended before came too early to count.
+                start = text.find(s, max(0, len(self._held) - len(s) + 1))
+                if start >= 0:
+                    matches.append((start + len(s), start, s))
         if matches:
             end, start, found = min(matches)
             self.text += text[:end] if self._include_stop else text[:start]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
+from cupaged.engine.logit_edits import LogitEdits, LogitRules
 from cupaged.engine.output_text import OutputText
 from cupaged.outputs import Logprob, RequestMetrics
 from cupaged.sampling_params import SamplingParams
@@ -19,6 +20,7 @@ class Request:
     """What a caller asked for, and the sequences that answer it.
 
     seed: keys the draws of its sequences: the caller's, or one drawn for it.
+    logit_rules: what its parameters do to logits; None for nothing.
     """
 
     def __init__(
@@ -29,12 +31,14 @@ class Request:
         params: SamplingParams,
         seed: int,
         arrival_time: float,
+        logit_rules: LogitRules | None = None,
     ):
         self.request_id = request_id
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
         self.params = params
         self.seed = seed
+        self.logit_rules = logit_rules
         self.metrics = RequestMetrics(arrival_time)
         self.sequences = [Sequence(self, index=0)]
 
@@ -60,6 +64,7 @@ class Sequence:
         "error",
         "finish_reason",
         "index",
+        "logit_edits",
         "logprobs",
         "num_cached_tokens",
         "num_decoded_tokens",
@@ -87,6 +92,7 @@ class Sequence:
         self.stop_reason: int | str | None = None
         self.error: str | None = None  # why, when finish_reason is "error"
 
+        self.logit_edits = LogitEdits(request.logit_rules) if request.logit_rules is not None else None
         self.output_text: OutputText | None = None  # None when nothing is to be detokenised
         self.logprobs: list[dict[int, Logprob]] | None = [] if request.params.logprobs is not None else None
         self.cumulative_logprob = 0.0

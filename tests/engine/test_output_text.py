@@ -22,9 +22,9 @@ class PieceDecoder:
         return self.last
 
 
-def feed(pieces, stop, include_stop=False, last=""):
+def feed(pieces, stop, include_stop=False, last="", min_tokens=0):
     """(the text after each token and at the end, the stop string found)"""
-    output = OutputText(PieceDecoder(pieces, last), stop, include_stop)
+    output = OutputText(PieceDecoder(pieces, last), stop, include_stop, min_tokens)
     shown = []
     for token_id in range(len(pieces)):
         found = output.push(token_id)
@@ -35,9 +35,9 @@ def feed(pieces, stop, include_stop=False, last=""):
     return [*shown, output.text], found
 
 
-def by_characters(text, stop, include_stop=False):
-    """The specification: look at the text after each character; (text, stop string)."""
-    for end in range(len(text) + 1):
+def by_characters(text, stop, include_stop=False, num_exempt=0):
+    """The specification: look at the text after each character but the first num_exempt; (text, stop string)."""
+    for end in range(num_exempt + 1, len(text) + 1):
         ending = [s for s in stop if text[:end].endswith(s)]
         if ending:
             found = max(ending, key=len)
@@ -94,6 +94,23 @@ def test_any_text_any_split_nothing_early_and_nothing_late(text, stop, data):
             beginnings = {s[:n] for s in stop for n in range(1, len(s))}
             longest = max((n for n in range(len(arrived) + 1) if arrived[len(arrived) - n :] in beginnings), default=0)
             assert len(held) == longest  # and no more is withheld than may still become a stop string
+
+
+@given(
+    st.lists(st.text("ab", max_size=3), max_size=8),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    st.integers(0, 9),
+    st.booleans(),
+)
+def test_stop_strings_that_end_within_the_first_tokens_do_not_count(pieces, stop, min_tokens, include_stop):
+    text, num_exempt = "".join(pieces), len("".join(pieces[:min_tokens]))
+    expected, stop_string = by_characters(text, tuple(stop), include_stop, num_exempt)
+    shown, found = feed(pieces, tuple(stop), include_stop, min_tokens=min_tokens)
+    assert (shown[-1], found) == (expected, stop_string)
+
+
+def test_the_last_bytes_of_the_first_tokens_do_not_count_either():
+    assert feed(["a", "b"], ("b\ufffd",), last="\ufffd", min_tokens=2) == (["a", "a", "ab\ufffd"], None)
 
 
 def test_text_without_stop_strings_passes_through():

@@ -169,9 +169,10 @@ def test_bad_generation_values_are_named(model_dir, generation, message):
 
 
 def test_wishes_that_are_not_followed_are_reported(model_dir):
-    write_json(model_dir / "generation_config.json", {"repetition_penalty": 1.1, "num_beams": 1, "typical_p": 0.9})
-    penalty, typical = Checkpoint(model_dir).warnings
-    assert "repetition_penalty 1.1" in penalty
+    write_json(model_dir / "generation_config.json", {"num_beams": 3, "min_new_tokens": 0, "typical_p": 0.9})
+    typical, beams = Checkpoint(model_dir).warnings
+    assert "num_beams 3" in beams
     assert "typical_p 0.9" in typical
-    write_json(model_dir / "generation_config.json", {"repetition_penalty": 1.0, "num_beams": 1})
+    write_json(model_dir / "generation_config.json", {"repetition_penalty": 1.1, "num_beams": 1})
+    assert Checkpoint(model_dir).sampling_defaults == {"repetition_penalty": 1.1}
     assert Checkpoint(model_dir).warnings == []

@@ -1,0 +1,146 @@
+"""From logits to tokens: each row edited and drawn from as its request wants it, and log probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cupaged.backends.base import LOGIT_EDIT, SAMPLING_ROW, Array, Backend
+from cupaged.engine.logit_edits import EditsOfRows
+from cupaged.engine.sequence import Request, Sequence
+from cupaged.sampling_params import MAX_LOGPROBS
+
+# Of the copies of logits that are edited while the raw ones are kept: so many bytes at a time.
+COPY_BYTES = 16 << 20
+
+
+@dataclass
+class Logprobs:
+    """Of each drawn token (column 0) and of the k most likely ones: what Backend.logprobs gives, on the host."""
+
+    token_ids: np.ndarray  # [num_sampled, 1 + k] int32
+    logprobs: np.ndarray  # [num_sampled, 1 + k] float32
+    ranks: np.ndarray  # [num_sampled] int32, of column 0
+
+
+class Sampler:
+    """vocab_size: ids from here on are never drawn. max_num_seqs: the most rows a step may have."""
+
+    def __init__(self, backend: Backend, *, vocab_size: int, max_num_seqs: int):
+        self.vocab_size = vocab_size
+        self._backend = backend
+        self._max_num_seqs = max_num_seqs
+        self._host_rows = np.zeros(max_num_seqs, SAMPLING_ROW)  # by Sequence.row; counters are filled in each step
+        self._row_owners: list[Sequence | None] = [None] * max_num_seqs
+
+        max_columns = 1 + MAX_LOGPROBS
+        self._rows = backend.empty((max_num_seqs,), SAMPLING_ROW)
+        self._token_ids = backend.empty((max_num_seqs,), np.int32)
+        self._top_ids = backend.empty((max_num_seqs * max_columns,), np.int32)
+        self._top_logprobs = backend.empty((max_num_seqs * max_columns,), np.float32)
+        self._ranks = backend.empty((max_num_seqs,), np.int32)
+
+        # What few requests need is taken when one does.
+        self._edits_of_rows = EditsOfRows()
+        self._edits = _Upload(backend, LOGIT_EDIT)
+        self._masks = _Upload(backend, np.uint32)
+        self._mask_rows = _Upload(backend, np.int32)
+        self._copies: Array | None = None
+
+    def draw(self, logits: Array, sequences: list[Sequence]) -> tuple[list[int], Logprobs | None]:
+        """A token for each sequence from its row of logits, which change; -1 where none is finite. And log
+        probabilities, of the raw logits, when one of the sequences asks for any.
+
+        The sequences must be in the order of `sort_key`.
+        """
+        num_rows = len(sequences)
+        rows, token_ids = self._rows[:num_rows], self._token_ids[:num_rows]
+        self._backend.copy_in(rows, self._sampling_rows(sequences))
+
+        end = sum(self.sort_key(seq) < 2 for seq in sequences)
+        self._edit(logits, sequences[:end])
+        self._backend.sample(token_ids[:end], logits[:end], rows[:end], self.vocab_size)
+        while end < num_rows:
+            begin, end = end, min(end + self._max_copies(logits), num_rows)
+            copies = self._copies[: end - begin]
+            self._backend.copy(copies, logits[begin:end])
+            self._edit(copies, sequences[begin:end])
+            self._backend.sample(token_ids[begin:end], copies, rows[begin:end], self.vocab_size)
+
+        asked = [p.logprobs for seq in sequences if (p := seq.request.params).logprobs is not None]
+        logprobs = self._logprobs(logits, token_ids, max(asked)) if asked else None
+        return self._backend.to_host(token_ids).tolist(), logprobs
+
+    @staticmethod
+    def sort_key(seq: Sequence) -> int:
+        """Rows that are drawn from as they are stand before those that are edited in place (1), and these before those
+        of which a copy is edited (2), since log probabilities are wanted of the raw logits."""
+        if seq.logit_edits is None:
+            return 0
+        return 1 if seq.request.params.logprobs is None else 2
+
+    def _sampling_rows(self, sequences: list[Sequence]) -> np.ndarray:
+        for seq in sequences:
+            if self._row_owners[seq.row] is not seq:
+                self._row_owners[seq.row] = seq
+                self._host_rows[seq.row] = _sampling_row(seq.request)
+        rows = self._host_rows[[seq.row for seq in sequences]]
+        rows["counter"] = [seq.num_output_tokens for seq in sequences]
+        return rows
+
+    def _max_copies(self, logits: Array) -> int:
+        """How many rows may be copied at a time."""
+        if self._copies is None:
+            row_size = logits.shape[1]
+            num_rows = max(1, min(self._max_num_seqs, COPY_BYTES // (4 * row_size)))
+            self._copies = self._backend.empty((num_rows, row_size), np.float32)
+        return self._copies.shape[0]
+
+    def _edit(self, logits: Array, sequences: list[Sequence]) -> None:
+        """Do to each sequence's row of logits what its request asks for."""
+        rows, masks, mask_rows, edits = [], [], [], []
+        for row, seq in enumerate(sequences):
+            if seq.logit_edits is None:
+                continue
+            rows.append(row)
+            edits.append(seq.logit_edits.after(seq.token_ids))
+            if (mask := seq.logit_edits.rules.allowed_mask) is not None:
+                mask_rows.append(row)
+                masks.append(mask)
+        if masks:
+            device_rows = self._mask_rows.of(np.array(mask_rows, np.int32))
+            self._backend.keep_allowed(logits, device_rows, self._masks.of(np.stack(masks)), self.vocab_size)
+        if edits:
+            self._backend.edit_logits(logits, self._edits.of(self._edits_of_rows.join(rows, edits)))
+
+    def _logprobs(self, logits: Array, token_ids: Array, k: int) -> Logprobs:
+        num_rows, columns = len(token_ids), 1 + min(k, self.vocab_size)
+        top_ids = self._top_ids[: num_rows * columns].reshape(num_rows, columns)
+        top_logprobs = self._top_logprobs[: num_rows * columns].reshape(num_rows, columns)
+        ranks = self._ranks[:num_rows]
+        self._backend.logprobs(top_ids, top_logprobs, ranks, logits, token_ids, self.vocab_size)
+        return Logprobs(*(self._backend.to_host(array) for array in (top_ids, top_logprobs, ranks)))
+
+
+def _sampling_row(request: Request) -> tuple:
+    params = request.params
+    temperature = 0.0 if params.greedy else params.temperature
+    return temperature, params.top_p, params.min_p, max(params.top_k, 0), request.seed, 0
+
+
+class _Upload:
+    """Arrays of one dtype that go up to the backend, one at a time, into memory that grows when it must."""
+
+    def __init__(self, backend: Backend, dtype):
+        self._backend = backend
+        self._dtype = dtype
+        self._memory: Array | None = None
+
+    def of(self, values: np.ndarray) -> Array:
+        """The values as an array of the backend, valid until the next call."""
+        if self._memory is None or self._memory.shape[0] < values.size:
+            self._memory = self._backend.empty((max(256, 2 * values.size),), self._dtype)
+        array = self._memory[: values.size].reshape(values.shape)
+        self._backend.copy_in(array, values)
+        return array
