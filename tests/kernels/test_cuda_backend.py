@@ -13,18 +13,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from model.conftest import Driver
-from sampling_tools import make_rows
+from sampling_tools import make_rows, random_logits
 
 from cupaged.backends import cuda, sampling_reference
 from cupaged.backends.base import SAMPLING_ROW
 from cupaged.backends.cuda import CudaBackend, needed_kernels, open_cuda, probe
 from cupaged.backends.reference import ReferenceBackend
+from cupaged.engine import sampler as sampler_module
 from cupaged.engine.batch import Batch
+from cupaged.engine.logit_edits import LogitRules
+from cupaged.engine.sampler import Sampler
+from cupaged.engine.sequence import Request
 from cupaged.errors import DeviceError, OutOfMemoryError
 from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32, HALF_TYPES
 from cupaged.kernels.compile import set_loader
 from cupaged.kernels.device import DeviceInfo, set_device_info
 from cupaged.memory.arena import KVArena, KVLayout
+from cupaged.sampling_params import SamplingParams
 from cupaged.weights.checkpoint import Checkpoint
 from cupaged.weights.packing import load_weights
 
@@ -289,6 +294,56 @@ def test_sampling_from_a_models_logits(host_build):
     assert backend.to_host(top_ids)[:, 1].tolist() == host_logits.argmax(axis=1).tolist()
     assert backend.to_host(top_ids)[0, 0] == host_logits[0].argmax()  # temperature 0
     assert (backend.to_host(ranks) >= 1).all()
+    assert loaded <= set(needed_kernels(BFLOAT16, 64))
+
+
+EDITED = [
+    {},
+    {"repetition_penalty": 1.5, "presence_penalty": 1.0},
+    {"allowed_token_ids": list(range(0, 1000, 9)), "logprobs": 2},
+    {"logit_bias": {7: 30.0, 8: -5.0}, "min_tokens": 5, "stop_token_ids": [7]},
+    {"logprobs": 3},
+    {"frequency_penalty": 0.7, "allowed_token_ids": list(range(1, 1000, 2)), "temperature": 2.0},
+    {"logit_bias": {3: 12.0}, "repetition_penalty": 1.1, "logprobs": 0, "temperature": 0},
+]
+
+
+def draw_edited(backend) -> list:
+    """Tokens and log probabilities of several steps, for requests that want their logits edited in all ways."""
+    vocab_size = 1000
+    requests = []
+    for i, fields in enumerate(EDITED):
+        params, prompt = SamplingParams(max_tokens=None, **fields), [i, 30, 31, 32]
+        rules = LogitRules(params, prompt, vocab_size=vocab_size) if LogitRules.asked_by(params) else None
+        requests.append(Request(str(i), None, prompt, params, seed=i, arrival_time=0.0, logit_rules=rules))
+    sequences = sorted((request.sequences[0] for request in requests), key=Sampler.sort_key)
+    for row, seq in enumerate(sequences):
+        seq.row = row
+    sampler = Sampler(backend, vocab_size=vocab_size, max_num_seqs=8)
+    logits = backend.empty((len(sequences), vocab_size + 24), np.float32)
+    drawn = []
+    for step in range(4):
+        rows = [random_logits(10 * step + i, vocab_size + 24) for i in range(len(sequences))]
+        backend.copy_in(logits, np.stack(rows))
+        token_ids, logprobs = sampler.draw(logits, sequences)
+        drawn.append((token_ids, logprobs))
+        for seq, token_id in zip(sequences, token_ids, strict=True):
+            seq.token_ids.append(token_id)
+    return drawn
+
+
+@pytest.mark.parametrize("copy_bytes", [4, 1 << 20])
+def test_edited_requests_draw_what_the_reference_draws(host_build, monkeypatch, copy_bytes):
+    monkeypatch.setattr(sampler_module, "COPY_BYTES", copy_bytes)
+    device, loaded = host_build
+    steps = draw_edited(CudaBackend(device, BFLOAT16)), draw_edited(ReferenceBackend())
+    for (token_ids, logprobs), (expected_ids, expected) in zip(*steps, strict=True):
+        assert token_ids == expected_ids
+        assert min(token_ids) >= 0
+        assert np.array_equal(logprobs.token_ids, expected.token_ids)
+        assert np.array_equal(logprobs.ranks, expected.ranks)
+        np.testing.assert_allclose(logprobs.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
+    assert {name.split("<")[0] for _, name in loaded} == {"sample", "logprobs", "edit_logits", "keep_allowed"}
     assert loaded <= set(needed_kernels(BFLOAT16, 64))
 
 
