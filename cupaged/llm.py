@@ -10,6 +10,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cupaged.arguments import require
 from cupaged.backends.base import Backend
 from cupaged.backends.select import choose_device, choose_dtype, open_backend
 from cupaged.config import EngineConfig
@@ -36,6 +37,8 @@ class LLM:
 
     model: a directory in Hugging Face layout, a .gguf file, a hub id or a short name; None is SmolLM2-135M-Instruct.
     device: "cuda", "cpu", or "auto": a GPU if one is usable. offline: never touch the network.
+    load_format: "dummy" takes random weights and needs no more of the model than its config.json (whose path will do);
+    there is no tokenizer then, so prompts are token ids.
     progress: gets a line for each thing that takes time while the model is fetched.
     The other options are those of EngineConfig.
 
@@ -49,6 +52,7 @@ class LLM:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        load_format: str = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int = EngineConfig.max_num_seqs,
         max_num_batched_tokens: int = EngineConfig.max_num_batched_tokens,
@@ -72,11 +76,14 @@ class LLM:
             preallocate=preallocate,
             seed=seed,
         )
+        require(load_format in ("auto", "dummy"), "load_format", load_format, "auto or dummy")
         from cupaged.weights.checkpoint import Checkpoint
+        from cupaged.weights.dummy import DummyCheckpoint
         from cupaged.weights.hub import resolve
 
         use_cuda, why = choose_device(config.device)
-        checkpoint = Checkpoint(resolve(model, offline=offline, progress=progress))
+        path = resolve(model, offline=offline, progress=progress)
+        checkpoint = DummyCheckpoint(path) if load_format == "dummy" else Checkpoint(path)
         for warning in checkpoint.warnings:
             logger.warning(warning)
         backend = open_backend(use_cuda, choose_dtype(config.dtype, checkpoint.config.dtype, use_cuda))
@@ -158,6 +165,9 @@ class LLM:
         return outputs()
 
     def get_tokenizer(self) -> Tokenizer:
+        """Raises ValueError when there is none, as with load_format "dummy"."""
+        if self.engine.tokenizer is None:
+            raise ValueError("load_format 'dummy' comes without a tokenizer; give token ids")
         return self.engine.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:

@@ -109,15 +109,19 @@ def load_weights(tensors: Mapping[str, Tensor], config: ModelConfig, backend: Ba
 
 def random_weights(config: ModelConfig, backend: Backend, seed: int = 0) -> DecoderWeights:
     """Weights of the right shapes and sensible sizes: norms of one, small normal values elsewhere."""
+    return load_weights(random_tensors(config, backend.dtype, seed), config, backend)
+
+
+def random_tensors(config: ModelConfig, dtype, seed: int = 0) -> dict[str, Tensor]:
+    """What random_weights packs: every tensor of the model under its Hugging Face name, in dtype."""
     rng = np.random.default_rng(seed)
-    pool = rng.standard_normal(_RandomTensor.POOL_SIZE, np.float32) * np.float32(0.02)
-    tensors = {
-        name: np.ones(shape, np.float32)
+    pool = (rng.standard_normal(_RandomTensor.POOL_SIZE, np.float32) * np.float32(0.02)).astype(dtype)
+    return {
+        name: np.ones(shape, dtype)
         if name.endswith("norm.weight")
         else _RandomTensor(shape, pool, first=int(rng.integers(pool.size)))
         for name, shape in parameter_shapes(config).items()
     }
-    return load_weights(tensors, config, backend)
 
 
 class _RandomTensor:
@@ -127,6 +131,7 @@ class _RandomTensor:
 
     def __init__(self, shape: tuple[int, ...], pool: np.ndarray, first: int):
         self.shape = shape
+        self.dtype = pool.dtype
         self._pool = pool
         self._first = first
 
@@ -134,7 +139,10 @@ class _RandomTensor:
         columns = math.prod(self.shape[1:])
         start = (self._first + rows.start * columns) % self._pool.size
         count = (rows.stop - rows.start) * columns
-        values = np.resize(np.roll(self._pool, -start), count)
+        if start + count <= self._pool.size:
+            values = self._pool[start : start + count]
+        else:
+            values = np.resize(np.roll(self._pool, -start), count)
         return values.reshape(rows.stop - rows.start, *self.shape[1:])
 
 
