@@ -14,7 +14,8 @@
 __device__ __forceinline__ unsigned* run_of_block(const unsigned long long* slabs, int slab_shift, int block_id,
                                                   int run, int run_vectors) {
   const int index = block_id & ((1 << slab_shift) - 1);
-  const long long first = (((long long)run << slab_shift) + index) * run_vectors;  // in vectors
+  // In vectors, and 64-bit: a slab can hold more than 2^31 words.
+  const long long first = (((long long)run << slab_shift) + index) * run_vectors;
   return reinterpret_cast<unsigned*>(slabs[block_id >> slab_shift]) + first * Vec<unsigned>::kSize;
 }
 

@@ -133,8 +133,8 @@ class EditsOfRows:
     def __init__(self):
         self._words = np.empty(0, np.int32)
 
-    def join(self, rows: Sequence[int], parts: Sequence[np.ndarray]) -> np.ndarray:
-        """The edits of parts[i] with row rows[i], all of them [n] LOGIT_EDIT; valid until the next call."""
+    def join(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """All edits [n] LOGIT_EDIT, those in parts[i] with row i; valid until the next call."""
         num_edits = [len(part) for part in parts]
         num_words = sum(num_edits) * WORDS_PER_EDIT
         if num_words > len(self._words):
@@ -144,7 +144,7 @@ class EditsOfRows:
             # As words, since NumPy would copy structs field by field.
             np.concatenate([part.view(np.int32) for part in parts], out=words)
         edits = words.view(LOGIT_EDIT)
-        edits["row"] = np.repeat(np.array(rows, np.int32), num_edits)
+        edits["row"] = np.repeat(np.arange(len(parts), dtype=np.int32), num_edits)
         return edits
 
 

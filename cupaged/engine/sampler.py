@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,8 +59,9 @@ class Sampler:
         rows, token_ids = self._rows[:num_rows], self._token_ids[:num_rows]
         self._backend.copy_in(rows, self._sampling_rows(sequences))
 
-        end = sum(self.sort_key(seq) < 2 for seq in sequences)
-        self._edit(logits, sequences[:end])
+        first_edited = bisect_left(sequences, 1, key=self.sort_key)
+        end = bisect_left(sequences, 2, key=self.sort_key)
+        self._edit(logits[first_edited:end], sequences[first_edited:end])
         self._backend.sample(token_ids[:end], logits[:end], rows[:end], self.vocab_size)
         while end < num_rows:
             begin, end = end, min(end + self._max_copies(logits), num_rows)
@@ -98,21 +100,17 @@ class Sampler:
         return self._copies.shape[0]
 
     def _edit(self, logits: Array, sequences: list[Sequence]) -> None:
-        """Do to each sequence's row of logits what its request asks for."""
-        rows, masks, mask_rows, edits = [], [], [], []
-        for row, seq in enumerate(sequences):
-            if seq.logit_edits is None:
-                continue
-            rows.append(row)
-            edits.append(seq.logit_edits.after(seq.token_ids))
-            if (mask := seq.logit_edits.rules.allowed_mask) is not None:
-                mask_rows.append(row)
-                masks.append(mask)
-        if masks:
-            device_rows = self._mask_rows.of(np.array(mask_rows, np.int32))
-            self._backend.keep_allowed(logits, device_rows, self._masks.of(np.stack(masks)), self.vocab_size)
-        if edits:
-            self._backend.edit_logits(logits, self._edits.of(self._edits_of_rows.join(rows, edits)))
+        """Do to each sequence's row of logits what its request asks for. All of them have logit_edits."""
+        if not sequences:
+            return
+        masks = [seq.logit_edits.rules.allowed_mask for seq in sequences]
+        masked = [row for row, mask in enumerate(masks) if mask is not None]
+        if masked:
+            device_rows = self._mask_rows.of(np.array(masked, np.int32))
+            device_masks = self._masks.of(np.stack([masks[row] for row in masked]))
+            self._backend.keep_allowed(logits, device_rows, device_masks, self.vocab_size)
+        edits = self._edits_of_rows.join([seq.logit_edits.after(seq.token_ids) for seq in sequences])
+        self._backend.edit_logits(logits, self._edits.of(edits))
 
     def _logprobs(self, logits: Array, token_ids: Array, k: int) -> Logprobs:
         num_rows, columns = len(token_ids), 1 + min(k, self.vocab_size)

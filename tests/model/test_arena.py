@@ -81,6 +81,22 @@ def test_no_memory_is_a_full_cache(backend):
     assert arena.num_blocks == 16
 
 
+def test_slabs_may_come_from_elsewhere(backend):
+    taken = []
+
+    def allocate(shape, dtype):
+        if taken:
+            raise OutOfMemoryError("full")
+        taken.append(backend.empty_host(shape, dtype))
+        return taken[-1]
+
+    arena = KVArena(KVLayout(**SHAPE, blocks_per_slab=8), FullBackend(backend, left=0), 24, allocate)
+    assert [arena.grow() for _ in range(2)] == [8, 0]
+    assert arena.slabs[0] is taken[0]
+    assert taken[0].shape == arena.layout.slab_shape
+    assert backend.to_host(arena.slab_table)[0] == backend.address(taken[0])
+
+
 def test_close_lets_the_slabs_go(backend):
     arena = KVArena(KVLayout(**SHAPE, blocks_per_slab=8), backend, max_blocks=8)
     arena.grow()
