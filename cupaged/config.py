@@ -11,6 +11,7 @@ from cupaged.arguments import is_finite_number, is_int, require
 BLOCK_SIZES = (8, 16, 32, 64)  # tokens a block; what the kernels are instantiated for
 DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+SCHEDULING_POLICIES = ("fcfs", "priority")
 HEAD_DIMS = (64, 80, 96, 128, 256)
 
 
@@ -85,6 +86,12 @@ class EngineConfig:
     max_num_seqs: the most sequences that run at once; no more than max_num_batched_tokens ever do.
     max_num_batched_tokens: tokens a step may compute, prompts and decodes together.
     preallocate: take the whole KV cache at the start instead of growing slab by slab.
+    enable_prefix_caching: keep what was computed of prompts and outputs while there is room, and use it for requests
+        that begin with the same tokens.
+    scheduling_policy: "fcfs" serves in the order of arrival; "priority" serves lower values of a request's priority
+        first, in the order of arrival among equals, and takes the memory of requests that come after.
+    max_queue_len: the most requests that may wait; more are refused with QueueFullError. None sets no limit.
+    debug: check the engine's books after every step, and fill freed blocks with NaN; slow.
     """
 
     device: str = "auto"  # of DEVICES
@@ -96,10 +103,20 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None
     preallocate: bool = False
+    enable_prefix_caching: bool = True
+    scheduling_policy: str = "fcfs"  # of SCHEDULING_POLICIES
+    max_queue_len: int | None = None
+    debug: bool = False
     seed: int | None = None  # seeds the requests that bring none; None: from the operating system
 
     def __post_init__(self):
-        for name, values in (("device", DEVICES), ("dtype", DTYPES), ("block_size", BLOCK_SIZES)):
+        choices = {
+            "device": DEVICES,
+            "dtype": DTYPES,
+            "block_size": BLOCK_SIZES,
+            "scheduling_policy": SCHEDULING_POLICIES,
+        }
+        for name, values in choices.items():
             value = getattr(self, name)
             require(value in values, name, value, "one of " + ", ".join(map(str, values)))
         for name in ("max_num_seqs", "max_num_batched_tokens"):
@@ -110,6 +127,8 @@ class EngineConfig:
         require(
             cache is None or (is_int(cache) and cache >= 1), "kv_cache_memory_bytes", cache, "an integer >= 1, or None"
         )
+        queue = self.max_queue_len
+        require(queue is None or (is_int(queue) and queue >= 1), "max_queue_len", queue, "an integer >= 1, or None")
         share = self.gpu_memory_utilization
         require(is_finite_number(share) and 0 < share <= 1, "gpu_memory_utilization", share, "in (0, 1]")
         require(self.seed is None or is_int(self.seed), "seed", self.seed, "an integer, or None")

@@ -23,3 +23,7 @@ class DeviceError(CupagedError):
 
 class OutOfMemoryError(CupagedError):
     """Too little memory; the message says how much was wanted, how much is free and which option lowers it."""
+
+
+class QueueFullError(CupagedError):
+    """As many requests wait as max_queue_len allows; the caller may try again later."""

@@ -38,13 +38,21 @@ class RequestMetrics:
     finished_time: float | None = None
 
     @property
+    def queue_time(self) -> float | None:
+        """How long it waited before its first step."""
+        return None if self.first_scheduled_time is None else self.first_scheduled_time - self.arrival_time
+
+    @property
     def time_to_first_token(self) -> float | None:
         return None if self.first_token_time is None else self.first_token_time - self.arrival_time
 
 
 @dataclass
 class RequestOutput:
-    """A request's state after a step (streaming) or at its end."""
+    """A request's state after a step (streaming) or at its end.
+
+    outputs are in the order of their index. With RequestOutputKind.DELTA only those are there that have news.
+    """
 
     request_id: str
     prompt: str | None
@@ -52,3 +60,4 @@ class RequestOutput:
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = False
     metrics: RequestMetrics | None = None
+    num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache; None before it is scheduled

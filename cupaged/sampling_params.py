@@ -27,6 +27,9 @@ class RequestOutputKind(Enum):
 class SamplingParams:
     """How one request's tokens are drawn and when it ends.
 
+    n: how many outputs the prompt is to get. The prompt is computed once; output i is drawn with seed + i.
+    best_of: draw this many outputs, and return the n whose tokens have the largest sum of log probabilities, the best
+        first, when all have ended. None draws n.
     temperature: divides the logits; 0 means greedy (the most likely token, the lowest id on a tie).
     top_k: keep the k most likely tokens; 0 or -1 keeps all. Tokens tied with the k-th are kept as well.
     top_p: then keep the fewest tokens whose probability reaches top_p, in (0, 1].
@@ -54,6 +57,8 @@ class SamplingParams:
     Raises ValueError that names the argument when a value makes no sense.
     """
 
+    n: int = 1
+    best_of: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -85,6 +90,11 @@ class SamplingParams:
         if self.allowed_token_ids is not None:
             object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
 
+        require(is_int(self.n) and self.n >= 1, "n", self.n, "an integer >= 1")
+        require(
+            self.best_of is None or (is_int(self.best_of) and self.best_of >= self.n),
+            "best_of", self.best_of, f"an integer >= n={self.n}, or None",
+        )  # fmt: skip
         require(
             is_finite_number(self.temperature) and self.temperature >= 0,
             "temperature", self.temperature, "a finite number, at least 0 (0 is greedy)",
@@ -149,3 +159,18 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most likely token is taken without a draw; top_k=1 leaves no choice either."""
         return self.temperature < MIN_TEMPERATURE or self.top_k == 1
+
+    @property
+    def num_sequences(self) -> int:
+        """How many outputs are drawn."""
+        return self.best_of or self.n
+
+    @property
+    def picks_best(self) -> bool:
+        """Whether more are drawn than returned."""
+        return self.num_sequences > self.n
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many alternatives' log probabilities are computed; 0: the drawn tokens' only; None: not even these."""
+        return 0 if self.picks_best and self.logprobs is None else self.logprobs

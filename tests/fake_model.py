@@ -79,6 +79,18 @@ class FakeBackend:
     def to_host(self, src):
         return src.copy()
 
+    def copy_blocks(self, dst, src, pairs):
+        assert dst is src
+        assert pairs.dtype == np.int32
+        destinations, sources = set(pairs[:, 1].tolist()), set(pairs[:, 0].tolist())
+        assert len(destinations) == len(pairs)
+        assert not destinations & sources
+        for source, destination in pairs.tolist():
+            slab, index = divmod(source, src.layout.blocks_per_slab)
+            block = src.slabs[slab][:, :, index]
+            slab, index = divmod(destination, dst.layout.blocks_per_slab)
+            dst.slabs[slab][:, :, index] = block
+
     def address(self, array):
         return array.ctypes.data
 
@@ -205,33 +217,34 @@ def run_all(engine) -> dict:
 
 
 def audit(engine):
-    """Check the bookkeeping against what the sequences say, and poison what no sequence holds."""
-    pool, scheduler = engine.pool, engine.scheduler
+    """Check the books, by the engine's own audit and against what the sequences and the cache's memory say; poison
+    what holds nothing."""
+    assert engine.audit() == []
+    pool, scheduler, block_size = engine.pool, engine.scheduler, engine.config.block_size
     references = dict.fromkeys(range(pool.num_blocks), 0)
-    for seq in scheduler.running:
-        assert seq.state is SequenceState.RUNNING
-        assert len(set(seq.block_table)) == len(seq.block_table)
-        assert seq.num_cached_tokens <= len(seq.block_table) * engine.config.block_size
-        for block_id in seq.block_table:
-            references[block_id] += 1
-    for seq in scheduler.waiting:
-        assert seq.state is SequenceState.WAITING
-        assert not seq.block_table
-        assert seq.num_cached_tokens == 0
-        assert seq.row == -1
+    for request in scheduler.running:
+        for seq in request.unfinished:
+            assert seq.state is SequenceState.RUNNING
+            for block_id in seq.block_table:
+                references[block_id] += 1
+            slots = np.array(seq.block_table, int)[np.arange(seq.num_cached_tokens) // block_size] * block_size
+            slots += np.arange(seq.num_cached_tokens) % block_size
+            assert tokens_at(slots, engine.arena).tolist() == seq.token_ids[: seq.num_cached_tokens]
+    for request in scheduler.waiting:
+        assert not any(seq.block_table for seq in request.sequences)
     assert {b: pool.ref_count(b) for b in references} == references
+    assert pool.num_free_blocks == sum(count == 0 for count in references.values())
 
-    free = [block.block_id for block in pool._free]
-    assert len(free) == pool.num_free_blocks
-    assert sorted(free) == [b for b, count in references.items() if count == 0]
-    assert pool.num_blocks == engine.arena.num_blocks <= engine.arena.max_blocks
+    for block_id in references:
+        content = pool.content(block_id)
+        if content is not None:
+            slots = block_id * block_size + np.arange(block_size)
+            assert tokens_at(slots, engine.arena).astype(np.int32).tobytes() == content.prefix.tokens
+        elif references[block_id] == 0:
+            slab, index = divmod(block_id, engine.arena.layout.blocks_per_slab)
+            engine.arena.slabs[slab][:, :, index] = np.nan
 
-    rows = [seq.row for seq in scheduler.running] + scheduler._free_rows
-    assert sorted(rows) == list(range(scheduler.max_num_seqs))
 
-    sequences = [seq for request in engine._requests.values() for seq in request.sequences]
-    assert sorted(map(id, sequences)) == sorted(map(id, [*scheduler.running, *scheduler.waiting]))
-
-    for block_id in free:
-        slab, index = divmod(block_id, engine.arena.layout.blocks_per_slab)
-        engine.arena.slabs[slab][:, :, index] = np.nan
+def tokens_at(slots, arena):
+    slabs, indices, offsets = locate(np.asarray(slots, int), arena)
+    return np.array([arena.slabs[s][0, 0, i, 0, o, 0] for s, i, o in zip(slabs, indices, offsets, strict=True)])

@@ -58,7 +58,8 @@ class BatchBuilder:
         self._sources: list[list[int] | None] = [None] * max_num_seqs
 
     def build(self, schedule: Schedule, sampled: list[int]) -> Batch:
-        """The batch of `schedule`, with the logits of the last tokens of the sequences at indices `sampled`."""
+        """The batch of `schedule`, with the logits of the last tokens of the sequences at indices `sampled`, in that
+        order; an index may come several times."""
         sequences = schedule.sequences
         for seq in sequences:
             self._update_row(seq.row, seq.block_table)

@@ -2,31 +2,163 @@
 
 from __future__ import annotations
 
-from cupaged.engine.block_pool import BlockPool
+from cupaged.engine.block_pool import Block, BlockPool
+from cupaged.engine.prefix import PrefixHasher
 from cupaged.engine.sequence import Sequence
 
 
 class BlockManager:
-    def __init__(self, pool: BlockPool, block_size: int):
+    """Gives sequences their blocks, and lets them share what they have in common.
+
+    Blocks come to be shared in two ways: by `fork`, the last one perhaps half full, and by a prefix that is found in
+    the cache, full ones only. Whoever writes into a block that others hold as well gets a copy of it first; the last
+    holder writes into the original.
+
+    hasher: names the contents of full blocks; None shares nothing between requests.
+    """
+
+    def __init__(self, pool: BlockPool, block_size: int, hasher: PrefixHasher | None = None):
         self.pool = pool
         self.block_size = block_size  # tokens
+        self.hasher = hasher
+        self.num_copies = 0  # blocks copied on write so far
+        self._copies: dict[int, int] = {}  # destination -> source, to be copied before this step computes
+        self._computing: set[bytes] = set()  # digests of the blocks that chunks of this step fill
+
+    def begin_step(self) -> None:
+        self._computing.clear()
+
+    # -- a sequence's blocks -------------------------------------------------------------------------------
+
+    def find_prefix(self, seq: Sequence, num_tokens: int) -> list[Block]:
+        """The cached blocks with which `seq`, which holds none, may begin when it is to compute its first
+        `num_tokens` tokens. The last of these is not covered, since its logits are wanted."""
+        blocks: list[Block] = []
+        if self.hasher is None:
+            return blocks
+        request = seq.request
+        self.hasher.extend(seq.prefix, seq.token_ids, request.prefix_key)
+        link = request.prefix_key
+        for prefix in seq.prefix[: (num_tokens - 1) // self.block_size]:
+            block = self.pool.find(prefix, link)
+            if block is None:
+                break
+            blocks.append(block)
+            link = block.content.serial
+        return blocks
+
+    def is_being_computed(self, seq: Sequence, num_found: int, num_tokens: int) -> bool:
+        """Whether the block that find_prefix lacked is filled by this very step, and will be there in the next."""
+        return (
+            num_found < min(len(seq.prefix), (num_tokens - 1) // self.block_size)
+            and seq.prefix[num_found].digest in self._computing
+        )
+
+    def admit(self, seq: Sequence, found: list[Block], num_tokens: int, spare: int) -> bool:
+        """Let `seq` begin with the blocks `found` and make room up to token `num_tokens`; False, and nothing taken,
+        unless `spare` blocks are left then.
+
+        |<-- found, shared -->|<-- taken -->|
+        |<-- cached tokens -->|             ^ num_tokens
+        """
+        shared = [block.block_id for block in found]
+        self.pool.share(shared)  # first, so that taking others can't evict them
+        missing = -(-num_tokens // self.block_size) - len(shared)
+        if not self.pool.can_allocate(missing + spare):
+            self.pool.free(reversed(shared))
+            return False
+        seq.block_table = shared + self.pool.allocate(missing)
+        seq.num_cached_tokens = len(shared) * self.block_size
+        seq.num_registered_blocks = len(shared)
+        seq.link = found[-1].content.serial if found else seq.request.prefix_key
+        return True
 
     def allocate_slots(self, seq: Sequence, num_tokens: int) -> bool:
-        """Make room for the next `num_tokens` tokens of `seq`; False, and nothing taken, when the pool is full.
+        """Make room for the next `num_tokens` tokens of `seq`; False when the pool has too few blocks. Whatever was
+        got by then `seq` keeps, so that another call asks for the rest only.
 
         |<-- num_cached_tokens -->|<-- num_tokens -->|
         |<-- blocks in seq.block_table -->|<- taken ->|
+                             |<- if shared: copied
         """
-        missing = -(-(seq.num_cached_tokens + num_tokens) // self.block_size) - len(seq.block_table)
-        if missing <= 0:
-            return True
-        block_ids = self.pool.allocate(missing)
-        if block_ids is None:
+        first = seq.num_cached_tokens // self.block_size  # the first block that is written to
+        is_shared = first < len(seq.block_table) and self.pool.ref_count(seq.block_table[first]) > 1
+        if is_shared and not self._copy_on_write(seq, first):
             return False
-        seq.block_table.extend(block_ids)
+        missing = -(-(seq.num_cached_tokens + num_tokens) // self.block_size) - len(seq.block_table)
+        if missing > 0:
+            block_ids = self.pool.allocate(missing)
+            if block_ids is None:
+                return False
+            seq.block_table.extend(block_ids)
         return True
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """`child`, which holds nothing, gets all that `parent` has computed. Its tokens begin with those."""
+        num_blocks = -(-parent.num_cached_tokens // self.block_size)
+        child.block_table = parent.block_table[:num_blocks]
+        self.pool.share(child.block_table)
+        child.num_cached_tokens = parent.num_cached_tokens
+        child.prefix = parent.prefix[: parent.num_cached_tokens // self.block_size]
+        child.num_registered_blocks, child.link = parent.num_registered_blocks, parent.link
 
     def free(self, seq: Sequence) -> None:
         """Give up the cache of `seq`, its last block first: what comes late in a sequence is missed least."""
         block_table, seq.block_table, seq.num_cached_tokens = seq.block_table, [], 0
+        if self._copies:
+            for block_id in block_table:
+                self._copies.pop(block_id, None)
         self.pool.free(reversed(block_table))
+
+    def _copy_on_write(self, seq: Sequence, index: int) -> bool:
+        block_ids = self.pool.allocate(1)
+        if block_ids is None:
+            return False
+        source = seq.block_table[index]
+        # A new list tells BatchBuilder that it is not the old one with something added.
+        seq.block_table = [*seq.block_table[:index], *block_ids, *seq.block_table[index + 1 :]]
+        self.pool.free([source])  # the others hold it still
+        self._copies[block_ids[0]] = source
+        return True
+
+    # -- a step --------------------------------------------------------------------------------------------
+
+    def take_copies(self) -> list[tuple[int, int]]:
+        """(source, destination) of the blocks to be copied before this step computes."""
+        copies = [(source, destination) for destination, source in self._copies.items()]
+        self._copies.clear()
+        self.num_copies += len(copies)
+        return copies
+
+    def expect(self, seq: Sequence, num_tokens: int) -> None:
+        """Take note that this step computes the next `num_tokens` tokens of `seq`."""
+        if self.hasher is not None and seq.link is not None:
+            start = seq.num_cached_tokens
+            full = seq.prefix[start // self.block_size : (start + num_tokens) // self.block_size]
+            self._computing.update(prefix.digest for prefix in full)
+
+    def advance(self, seq: Sequence, num_tokens: int) -> None:
+        """The next `num_tokens` tokens of `seq` are computed now. Blocks that are full become findable, not before:
+        nobody can read what is not written yet."""
+        end = seq.num_cached_tokens = seq.num_cached_tokens + num_tokens
+        if num_tokens > 1 or end % self.block_size == 0:
+            self._register(seq, end // self.block_size)
+
+    def reset_prefix_cache(self, running: list[Sequence]) -> None:
+        """Forget all contents, and do not take up those that the running sequences compute on top of them."""
+        self.pool.forget_all()
+        for seq in running:
+            seq.link = None
+
+    def discard(self) -> None:
+        """No sequence holds blocks any more, whatever state the books were left in."""
+        self._copies.clear()
+        self.pool.free_all()
+
+    def _register(self, seq: Sequence, end: int) -> None:
+        if self.hasher is None or seq.link is None:
+            return
+        self.hasher.extend(seq.prefix, seq.token_ids, seq.request.prefix_key)
+        for i in range(seq.num_registered_blocks, end):
+            seq.link = self.pool.register(seq.block_table[i], seq.prefix[i], seq.link)
+        seq.num_registered_blocks = end

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import index
 
+from cupaged.arguments import is_int, require
 from cupaged.backends.base import Backend
 from cupaged.config import EngineConfig, ModelConfig
+from cupaged.engine.audit import audit
 from cupaged.engine.block_manager import BlockManager
 from cupaged.engine.block_pool import BlockPool
 from cupaged.engine.logit_edits import LogitRules
 from cupaged.engine.output_text import OutputText
+from cupaged.engine.prefix import PrefixHasher, PrefixKey
 from cupaged.engine.runner import Runner
 from cupaged.engine.sampler import Logprobs
 from cupaged.engine.scheduler import Schedule, Scheduler
 from cupaged.engine.sequence import Request, Sequence, SequenceState
-from cupaged.errors import OutOfMemoryError
+from cupaged.errors import OutOfMemoryError, QueueFullError
 from cupaged.memory.arena import KVArena, KVLayout
 from cupaged.memory.budget import fit_max_model_len, format_bytes, kv_cache_bytes, num_kv_blocks
 from cupaged.outputs import CompletionOutput, Logprob, RequestOutput
@@ -34,20 +39,29 @@ class EngineStats:
     max_blocks: int  # the cache's limit
     num_blocks: int  # of which this many have memory
     num_used_blocks: int
-    num_free_blocks: int  # have memory and are unused
+    num_free_blocks: int  # have memory and are not used by any sequence
+    num_cached_blocks: int  # of the free ones: what they hold can still be found
     peak_used_blocks: int
     num_slabs: int
     kv_cache_bytes: int  # of all slabs
     num_unfilled_slots: int  # token slots in used blocks that hold no token: what paging wastes
     mean_waste: float  # their share of the used blocks' slots, over all steps
+    num_blocks_saved: int  # how many more would be in use if none were shared
+    mean_sharing: float  # their share of what would be in use then, over all steps
     num_steps: int
     num_prompt_tokens: int
+    num_cached_tokens: int  # of the prompts' tokens: found in the prefix cache
     num_output_tokens: int
+    num_copies: int  # blocks copied because one of several holders wrote into them
+    num_evictions: int  # blocks whose findable content had to go
     num_preemptions: int
+    mean_queue_time: float  # seconds from a request's arrival to its first step; each one's is in its metrics
 
 
 class Engine:
-    """Runs requests on a model whose weights are in place. Not for several threads at once.
+    """Runs requests on a model whose weights are in place.
+
+    One thread may step while others add and abort requests: these wait for the end of the step.
 
     decoder: has `forward(batch, arena)`, as models.decoder.Decoder. tokenizer: turns prompts and outputs from and
     to text; without it both are token ids only.
@@ -63,10 +77,13 @@ class Engine:
 
         self.pool = BlockPool(self.arena.grow)
         self.pool.add_blocks(self._first_blocks())
+        self.hasher = PrefixHasher(config.block_size) if config.enable_prefix_caching else None
+        self.blocks = BlockManager(self.pool, config.block_size, self.hasher)
         self.scheduler = Scheduler(
-            BlockManager(self.pool, config.block_size),
+            self.blocks,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            by_priority=config.scheduling_policy == "priority",
         )
         self.runner = Runner(
             backend,
@@ -79,20 +96,46 @@ class Engine:
         )
         self._requests: dict[str, Request] = {}
         self._rng = random.Random(config.seed)
-        self._num_steps = self._num_prompt_tokens = self._num_output_tokens = 0
-        self._used_slots = self._unfilled_slots = 0  # summed over steps
-        self._peak_used_blocks = 0
+        self._model_key = f"{model!r}, {backend.dtype}"  # of prefixes
 
-    def add_request(self, request_id: str, prompt: str | Iterable[int], params: SamplingParams | None = None) -> None:
-        """Queue a request. Raises ValueError, naming what is wrong, for one that can't be run."""
-        if request_id in self._requests:
-            raise ValueError(f"request_id {request_id!r} is in use by a request that has not finished")
+        self._lock = threading.RLock()
+        self._is_stepping = False
+        self._to_abort: list[tuple[str, int | None]] = []  # asked for within a step
+        self._is_torn = False  # a change of the books was broken off
+
+        self._num_steps = self._num_prompt_tokens = self._num_cached_tokens = self._num_output_tokens = 0
+        self._used_slots = self._unfilled_slots = 0  # summed over steps
+        self._used_blocks = self._references = 0  # summed over steps
+        self._peak_used_blocks = 0
+        self._num_begun, self._queue_time = 0, 0.0
+        if config.debug:
+            self.pool.handed_out = []
+            self.arena.poison(self.pool.unused_blocks())
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | Iterable[int],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> None:
+        """Queue a request.
+
+        priority: with scheduling_policy "priority", lower values are served first. cache_salt: it shares cached
+        prefixes only with requests of the same salt, so that their times tell strangers nothing about its prompt.
+
+        Raises ValueError, naming what is wrong, for one that can't be run, and QueueFullError.
+        """
         params = params or SamplingParams()
+        require(is_int(priority), "priority", priority, "an integer")
+        require(cache_salt is None or (isinstance(cache_salt, str) and cache_salt != ""),
+                "cache_salt", cache_salt, "a string that is not empty, or None")  # fmt: skip
         token_ids = self.encode(prompt)
         if params.stop and self.tokenizer is None:
             raise ValueError("stop: strings need a tokenizer; this engine has none")
-        seed = params.seed if params.seed is not None else self._rng.getrandbits(64)
-        text = prompt if isinstance(prompt, str) else None
+        max_len = self._max_len(token_ids, params)
         logit_rules = None
         if LogitRules.asked_by(params):
             logit_rules = LogitRules(
@@ -102,13 +145,38 @@ class Engine:
                 eos_token_ids=self.model.eos_token_ids,
                 tokenizer=self.tokenizer,
             )
-        request = Request(request_id, text, token_ids, params, seed, time.monotonic(), logit_rules)
-        for seq in request.sequences:
+        with self._lock:
+            self._mend()
+            if request_id in self._requests:
+                raise ValueError(f"request_id {request_id!r} is in use by a request that has not finished")
+            if self.config.max_queue_len is not None and len(self.scheduler.waiting) >= self.config.max_queue_len:
+                raise QueueFullError(
+                    f"{len(self.scheduler.waiting)} requests wait already: try again later, or raise "
+                    f"max_queue_len={self.config.max_queue_len}"
+                )
+            request = Request(
+                request_id,
+                prompt if isinstance(prompt, str) else None,
+                token_ids,
+                params,
+                params.seed if params.seed is not None else self._rng.getrandbits(64),
+                time.monotonic(),
+                logit_rules,
+                priority=priority,
+                prefix_key=PrefixKey(self._model_key, salt=cache_salt),
+                max_len=max_len,
+            )
             if params.detokenize and self.tokenizer is not None:
-                decoder = self.tokenizer.decoder(params.skip_special_tokens)
-                seq.output_text = OutputText(decoder, params.stop, params.include_stop_str_in_output, params.min_tokens)
-            self.scheduler.add(seq)
-        self._requests[request_id] = request
+                for seq in request.sequences:
+                    seq.output_text = OutputText(
+                        self.tokenizer.decoder(params.skip_special_tokens),
+                        params.stop,
+                        params.include_stop_str_in_output,
+                        params.min_tokens,
+                    )
+            with self._changing_books():
+                self.scheduler.add(request)
+                self._requests[request_id] = request
 
     def encode(self, prompt: str | Iterable[int]) -> list[int]:
         """The token ids of a prompt. Raises ValueError, naming what is wrong, for one that can't be run."""
@@ -131,7 +199,8 @@ class Engine:
         if len(token_ids) >= self.max_model_len:
             raise ValueError(
                 f"prompt has {len(token_ids)} tokens, which with one more for the output is over "
-                f"max_model_len={self.max_model_len}: shorten it or raise max_model_len"
+                f"max_model_len={self.max_model_len}: shorten it or raise max_model_len (its KV cache would take "
+                f"{format_bytes(len(token_ids) * self.arena.layout.bytes_per_token)})"
             )
         return token_ids
 
@@ -147,57 +216,86 @@ class Engine:
 
         An exception ends all requests of the step, and frees their blocks; the engine goes on with the others.
         """
-        schedule = self.scheduler.schedule()
-        try:
-            for seq in schedule.failed:
-                self._settle_text(seq, len(seq.token_ids))
-            touched = schedule.failed + (self._run(schedule) if schedule.sequences else [])
-            outputs = [output for seq in touched if (output := self._output(seq)) is not None]
-        except BaseException:
-            for seq in schedule.sequences + schedule.failed:
-                if seq.state is not SequenceState.FINISHED:
-                    self.scheduler.finish(seq, "error")
-                self._requests.pop(seq.request.request_id, None)
-            raise
-        for output in outputs:
-            if output.finished:
-                del self._requests[output.request_id]
-        return outputs
+        with self._lock:
+            if self._is_stepping:
+                raise RuntimeError("step() was called from within a step")
+            self._mend()
+            try:
+                self._is_stepping = True
+                with self._changing_books():
+                    outputs = self._step()
+                    while self._to_abort:
+                        output = self._abort(*self._to_abort.pop(0))
+                        if output is not None:
+                            outputs.append(output)
+                if self.config.debug:
+                    self._debug()
+            finally:
+                self._is_stepping = False
+            return outputs
 
-    def abort(self, request_id: str) -> RequestOutput | None:
-        """End a request now; returns what it has got so far. None, and no harm done, when it has finished already."""
-        request = self._requests.pop(request_id, None)
-        if request is None:
-            return None
-        for seq in request.sequences:
-            if seq.state is not SequenceState.FINISHED:
-                self._finish(seq, "abort")
-        return self._output(request.sequences[0])
+    def abort(self, request_id: str, index: int | None = None) -> RequestOutput | None:
+        """End a request, or the output `index` of its outputs; returns what it has got so far.
+
+        None, and no harm done, when that has finished already. None too when this is called from within a step, by
+        something that the step calls: the request then ends with the step, which returns its last output.
+        """
+        with self._lock:
+            if self._is_stepping:
+                self._to_abort.append((request_id, index))
+                return None
+            self._mend()
+            with self._changing_books():
+                return self._abort(request_id, index)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes, what running requests have computed included."""
+        with self._lock:
+            self._mend()
+            self.blocks.reset_prefix_cache([seq for request in self.scheduler.running for seq in request.unfinished])
+
+    def audit(self) -> list[str]:
+        """What is wrong with the books, a line each; none if all is well."""
+        with self._lock:
+            self._mend()
+            return audit(self)
 
     def stats(self) -> EngineStats:
+        with self._lock:
+            return self._stats()
+
+    def _stats(self) -> EngineStats:
         num_used = self.pool.num_blocks - self.pool.num_free_blocks
         return EngineStats(
-            num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
+            num_running=sum(len(request.unfinished) for request in self.scheduler.running),
+            num_waiting=sum(len(request.unfinished) for request in self.scheduler.waiting),
             max_blocks=self.arena.max_blocks,
             num_blocks=self.pool.num_blocks,
             num_used_blocks=num_used,
             num_free_blocks=self.pool.num_free_blocks,
+            num_cached_blocks=self.pool.num_cached_blocks,
             peak_used_blocks=self._peak_used_blocks,
             num_slabs=len(self.arena.slabs),
             kv_cache_bytes=len(self.arena.slabs) * self.arena.layout.bytes_per_slab,
-            num_unfilled_slots=num_used * self.config.block_size - self._num_filled_slots(),
+            num_unfilled_slots=self._num_unfilled_slots(),
             mean_waste=self._unfilled_slots / self._used_slots if self._used_slots else 0.0,
+            num_blocks_saved=self.pool.num_references - num_used,
+            mean_sharing=1 - self._used_blocks / self._references if self._references else 0.0,
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=self._num_cached_tokens,
             num_output_tokens=self._num_output_tokens,
+            num_copies=self.blocks.num_copies,
+            num_evictions=self.pool.num_evictions,
             num_preemptions=self.scheduler.num_preemptions,
+            mean_queue_time=self._queue_time / self._num_begun if self._num_begun else 0.0,
         )
 
     def close(self) -> None:
         """End all requests and give the memory back."""
         for request_id in list(self._requests):
             self.abort(request_id)
+        self.reset_prefix_cache()
         self.runner = None
         self.arena.close()
         self.backend.close()
@@ -233,39 +331,154 @@ class Engine:
             )
         return self.arena.num_blocks
 
-    def _num_filled_slots(self) -> int:
-        return sum(seq.num_cached_tokens for seq in self.scheduler.running)
+    def _num_unfilled_slots(self) -> int:
+        # Only at a sequence's end are slots unfilled, and those that share an end have filled it equally.
+        block_size = self.config.block_size
+        unfilled = {
+            seq.block_table[-1]: len(seq.block_table) * block_size - seq.num_cached_tokens
+            for request in self.scheduler.running
+            for seq in request.active
+        }
+        return sum(unfilled.values())
+
+    def _max_len(self, token_ids: list[int], params: SamplingParams) -> int:
+        """Where the sequences of such a request end, prompt and output together.
+
+        They must fit into the cache together, as they run together. Raises ValueError when they never do.
+        """
+        max_len = self.max_model_len
+        if params.max_tokens is not None:
+            max_len = min(max_len, len(token_ids) + params.max_tokens)
+        count, name = params.num_sequences, "best_of" if params.picks_best else "n"
+        if count > self.scheduler.max_num_seqs:
+            raise ValueError(
+                f"{name} must be at most {self.scheduler.max_num_seqs}, as many sequences as may run at once "
+                f"(max_num_seqs, max_num_batched_tokens); got {count}"
+            )
+        # The last token's keys and values are never needed. The full blocks of the prompt are shared.
+        block_size, max_blocks = self.config.block_size, self.arena.max_blocks
+        shared = len(token_ids) // block_size
+        own = -(-(max_len - 1) // block_size) - shared
+        needed = shared + count * own
+        if needed <= max_blocks:
+            return max_len
+        longest = (shared + (max_blocks - shared) // count) * block_size + 1
+        if params.max_tokens is None and longest > len(token_ids):
+            return longest
+        bytes_per_block = self.arena.layout.bytes_per_block
+        need, have = format_bytes(needed * bytes_per_block), format_bytes(max_blocks * bytes_per_block)
+        raise ValueError(
+            f"{name}={count} outputs of up to {max_len - len(token_ids)} tokens need {need} of KV cache, which has "
+            f"{have}: lower {name} or max_tokens, or raise kv_cache_memory_bytes (--kv-cache-memory)"
+        )
+
+    # -- the books -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _changing_books(self) -> Iterator[None]:
+        """Around what changes requests, schedule and blocks: if it is broken off anywhere, they are mended."""
+        self._is_torn = True
+        try:
+            yield
+        except BaseException:
+            self._mend()
+            raise
+        self._is_torn = False
+
+    def _mend(self) -> None:
+        """If a change was broken off, end all requests that ran and let the others wait, with no block in use.
+
+        May itself be broken off: the next call starts it again.
+        """
+        if not self._is_torn:
+            return
+        self._to_abort.clear()
+        waiting = {}
+        for request_id, request in self._requests.items():
+            if all(seq.state is SequenceState.WAITING for seq in request.unfinished) and not request.finished:
+                waiting[request_id] = request
+        self.scheduler.restart(list(waiting.values()))
+        self._requests = waiting
+        self._is_torn = False
+
+    def _debug(self) -> None:
+        problems = audit(self)
+        if problems:
+            raise RuntimeError("the engine's books are wrong: " + "; ".join(problems))
+        self.arena.poison(self.pool.unused_blocks())
 
     # -- a step --------------------------------------------------------------------------------------------
+
+    def _step(self) -> list[RequestOutput]:
+        schedule = self.scheduler.schedule()
+        if self.pool.handed_out is not None:
+            self.arena.poison(self.pool.handed_out)
+            self.pool.handed_out.clear()
+        touched: dict[Request, list[Sequence]] = {}  # in order
+        for request in schedule.failed:
+            for seq in request.sequences:
+                self._settle_text(seq, len(seq.token_ids))
+            touched[request] = request.sequences
+        if schedule.sequences:
+            for seq in self._run(schedule):
+                touched.setdefault(seq.request, []).append(seq)
+        outputs = []
+        for request, sequences in touched.items():
+            output = self._output(request, sequences)
+            if output is not None:
+                outputs.append(output)
+                if output.finished:
+                    del self._requests[request.request_id]
+        return outputs
+
+    def _abort(self, request_id: str, index: int | None = None) -> RequestOutput | None:
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        ended = [seq for seq in request.unfinished if index is None or seq.index == index]
+        if not ended:
+            return None
+        for seq in ended:
+            self._finish(seq, "abort")
+        output = self._output(request, ended)
+        if request.finished:
+            del self._requests[request_id]
+        return output
 
     def _run(self, schedule: Schedule) -> list[Sequence]:
         """Compute the schedule and take in its tokens; returns the sequences that got one."""
         now = time.monotonic()
         for seq in schedule.sequences:
             if seq.request.metrics.first_scheduled_time is None:
-                seq.request.metrics.first_scheduled_time = now
-                self._num_prompt_tokens += seq.num_prompt_tokens
+                self._begin(seq.request, now)
 
         result = self.runner.run(schedule)
 
-        for seq, num_tokens in zip(schedule.sequences, schedule.num_tokens, strict=True):
-            seq.num_cached_tokens += num_tokens
+        self.scheduler.complete(schedule)
         self._count_step()
         now = time.monotonic()
         for row, (seq, token_id) in enumerate(zip(result.sequences, result.token_ids, strict=True)):
             if seq.request.metrics.first_token_time is None:
                 seq.request.metrics.first_token_time = now
-            if result.logprobs is not None and seq.logprobs is not None:
+            if result.logprobs is not None and seq.request.params.num_logprobs is not None:
                 self._add_logprobs(seq, result.logprobs, row)
             self._add_token(seq, token_id)
         return result.sequences
 
+    def _begin(self, request: Request, now: float) -> None:
+        request.metrics.first_scheduled_time = now
+        self._num_begun += 1
+        self._queue_time += request.metrics.queue_time
+        self._num_prompt_tokens += request.num_prompt_tokens
+        self._num_cached_tokens += request.num_cached_tokens
+
     def _count_step(self) -> None:
         num_used = self.pool.num_blocks - self.pool.num_free_blocks
-        used_slots = num_used * self.config.block_size
         self._num_steps += 1
-        self._used_slots += used_slots
-        self._unfilled_slots += used_slots - self._num_filled_slots()
+        self._used_blocks += num_used
+        self._references += self.pool.num_references
+        self._used_slots += num_used * self.config.block_size
+        self._unfilled_slots += self._num_unfilled_slots()
         self._peak_used_blocks = max(self._peak_used_blocks, num_used)
 
     def _add_token(self, seq: Sequence, token_id: int) -> None:
@@ -285,7 +498,7 @@ class Engine:
             self._finish(seq, "stop", token_id, ends_with_stop_token=True)
         elif params.stop and (found := self._decode(seq, len(seq.token_ids))) is not None:
             self.scheduler.finish(seq, "stop", found)
-        elif seq.num_output_tokens == params.max_tokens or len(seq.token_ids) >= self.max_model_len:
+        elif len(seq.token_ids) >= seq.request.max_len:
             self._finish(seq, "length")
 
     def _finish(
@@ -314,35 +527,61 @@ class Engine:
         return found
 
     def _add_logprobs(self, seq: Sequence, logprobs: Logprobs, row: int) -> None:
-        end = 1 + seq.request.params.logprobs
+        end = 1 + seq.request.params.num_logprobs
         token_ids, values = logprobs.token_ids[row, :end].tolist(), logprobs.logprobs[row, :end].tolist()
         ranks = [int(logprobs.ranks[row]), *range(1, end)]
+        seq.cumulative_logprob += values[0]
+        if seq.logprobs is None:
+            return
         entries: dict[int, Logprob] = {}
         for token_id, value, rank in zip(token_ids, values, ranks, strict=False):
             if token_id not in entries:  # the drawn token is often among the most likely
                 text = self.tokenizer.decode([token_id], False) if self.tokenizer is not None else None
                 entries[token_id] = Logprob(value, rank, text)
         seq.logprobs.append(entries)
-        seq.cumulative_logprob += values[0]
 
     # -- outputs -------------------------------------------------------------------------------------------
 
-    def _output(self, seq: Sequence) -> RequestOutput | None:
-        """What to tell of `seq` after a step; None when its request is to be told of at its end only."""
-        request, kind = seq.request, seq.request.params.output_kind
-        finished = seq.state is SequenceState.FINISHED and request.finished
+    def _output(self, request: Request, touched: list[Sequence]) -> RequestOutput | None:
+        """What to tell of `request` after a step that brought news of the sequences `touched`; None when it is to be
+        told of at its end only."""
+        params, finished = request.params, request.finished
         if finished:
             request.metrics.finished_time = time.monotonic()
-        elif kind is RequestOutputKind.FINAL_ONLY:
+        elif params.output_kind is RequestOutputKind.FINAL_ONLY or params.picks_best:
             return None
-        if seq.output_text is not None and not finished:
-            self._decode(seq, len(seq.token_ids))
-        text = seq.output_text.text if seq.output_text is not None else ""
+        if params.picks_best:
+            best = sorted(request.sequences, key=lambda seq: (seq.finish_reason == "error", -seq.cumulative_logprob))
+            sequences = best[: params.n]
+        elif params.output_kind is RequestOutputKind.DELTA:
+            sequences = sorted(touched, key=lambda seq: seq.index)
+        else:
+            sequences = request.sequences
+        completions = [self._completion(seq) for seq in sequences]
+        if params.picks_best:
+            for rank, completion in enumerate(completions):
+                completion.index = rank
+        return RequestOutput(
+            request.request_id,
+            request.prompt,
+            request.prompt_token_ids,
+            completions,
+            finished,
+            request.metrics,
+            request.num_cached_tokens,
+        )
+
+    def _completion(self, seq: Sequence) -> CompletionOutput:
+        text = ""
+        if seq.output_text is not None:
+            if seq.state is not SequenceState.FINISHED:
+                self._decode(seq, len(seq.token_ids))
+            text = seq.output_text.text
         start, first_char = 0, 0
-        if kind is RequestOutputKind.DELTA:
+        if seq.request.params.output_kind is RequestOutputKind.DELTA:
             start, first_char = seq.num_sent_tokens, seq.num_sent_chars
             seq.num_sent_tokens, seq.num_sent_chars = seq.num_output_tokens, len(text)
-        completion = CompletionOutput(
+        return CompletionOutput(
             index=seq.index,
             text=text[first_char:],
             token_ids=seq.token_ids[seq.num_prompt_tokens + start :],
@@ -351,7 +590,4 @@ class Engine:
             finish_reason=seq.finish_reason,
             stop_reason=seq.stop_reason,
             error=seq.error,
-        )
-        return RequestOutput(
-            request.request_id, request.prompt, request.prompt_token_ids, [completion], finished, request.metrics
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from cupaged.backends.base import Backend
 from cupaged.engine.batch import BatchBuilder
 from cupaged.engine.sampler import Logprobs, Sampler
@@ -35,13 +37,18 @@ class Runner:
         self._batches = BatchBuilder(
             max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=arena.layout.block_size
         )
+        self._copies = backend.empty((max_num_seqs, 2), np.int32)  # a sequence copies one block a step at most
         self._sampler = Sampler(backend, vocab_size=vocab_size, max_num_seqs=max_num_seqs)
 
     def run(self, schedule: Schedule) -> StepResult:
-        """Compute the scheduled tokens, and draw the next one where the last known one was among them."""
-        sampled = sorted(schedule.sampled, key=lambda i: Sampler.sort_key(schedule.sequences[i]))
-        sequences = [schedule.sequences[i] for i in sampled]
-        batch = self.backend.upload_batch(self._batches.build(schedule, sampled))
+        """Copy the blocks that are no longer shared, compute the scheduled tokens, and draw those that follow."""
+        if schedule.copies:
+            pairs = self._copies[: len(schedule.copies)]
+            self.backend.copy_in(pairs, np.array(schedule.copies, np.int32))
+            self.backend.copy_blocks(self.arena, self.arena, pairs)
+        sampled = sorted(schedule.sampled, key=lambda pair: Sampler.sort_key(pair[1]))
+        sequences = [seq for _, seq in sampled]
+        batch = self.backend.upload_batch(self._batches.build(schedule, [i for i, _ in sampled]))
         logits = self.decoder.forward(batch, self.arena)
         if not sequences:
             return StepResult([], [])

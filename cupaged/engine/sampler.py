@@ -9,7 +9,7 @@ import numpy as np
 
 from cupaged.backends.base import LOGIT_EDIT, SAMPLING_ROW, Array, Backend
 from cupaged.engine.logit_edits import EditsOfRows
-from cupaged.engine.sequence import Request, Sequence
+from cupaged.engine.sequence import Sequence
 from cupaged.sampling_params import MAX_LOGPROBS
 
 # Of the copies of logits that are edited while the raw ones are kept: so many bytes at a time.
@@ -70,7 +70,7 @@ class Sampler:
             self._edit(copies, sequences[begin:end])
             self._backend.sample(token_ids[begin:end], copies, rows[begin:end], self.vocab_size)
 
-        asked = [p.logprobs for seq in sequences if (p := seq.request.params).logprobs is not None]
+        asked = [k for seq in sequences if (k := seq.request.params.num_logprobs) is not None]
         logprobs = self._logprobs(logits, token_ids, max(asked)) if asked else None
         return self._backend.to_host(token_ids).tolist(), logprobs
 
@@ -80,13 +80,13 @@ class Sampler:
         of which a copy is edited (2), since log probabilities are wanted of the raw logits."""
         if seq.logit_edits is None:
             return 0
-        return 1 if seq.request.params.logprobs is None else 2
+        return 1 if seq.request.params.num_logprobs is None else 2
 
     def _sampling_rows(self, sequences: list[Sequence]) -> np.ndarray:
         for seq in sequences:
             if self._row_owners[seq.row] is not seq:
                 self._row_owners[seq.row] = seq
-                self._host_rows[seq.row] = _sampling_row(seq.request)
+                self._host_rows[seq.row] = _sampling_row(seq)
         rows = self._host_rows[[seq.row for seq in sequences]]
         rows["counter"] = [seq.num_output_tokens for seq in sequences]
         return rows
@@ -121,10 +121,10 @@ class Sampler:
         return Logprobs(*(self._backend.to_host(array) for array in (top_ids, top_logprobs, ranks)))
 
 
-def _sampling_row(request: Request) -> tuple:
-    params = request.params
+def _sampling_row(seq: Sequence) -> tuple:
+    params = seq.request.params
     temperature = 0.0 if params.greedy else params.temperature
-    return temperature, params.top_p, params.min_p, max(params.top_k, 0), request.seed, 0
+    return temperature, params.top_p, params.min_p, max(params.top_k, 0), seq.seed, 0
 
 
 class _Upload:

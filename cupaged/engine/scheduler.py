@@ -1,12 +1,12 @@
-"""Which sequences run in a step, and how many tokens each: first come, first served, with continuous batching."""
+"""Which sequences run in a step, and how many tokens each, with continuous batching."""
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass, field
 
 from cupaged.engine.block_manager import BlockManager
-from cupaged.engine.sequence import Sequence, SequenceState
+from cupaged.engine.sequence import Request, Sequence, SequenceState
 
 
 @dataclass
@@ -16,109 +16,252 @@ class Schedule:
     sequences: list[Sequence] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
     num_decodes: int = 0  # leading sequences with one token
-    failed: list[Sequence] = field(default_factory=list)  # finished instead: no memory, even with nothing else running
-
-    @property
-    def sampled(self) -> list[int]:
-        """Indices of the sequences that compute their last known token: the next one is drawn from its logits."""
-        pairs = zip(self.sequences, self.num_tokens, strict=True)
-        return [i for i, (seq, n) in enumerate(pairs) if n == seq.num_uncomputed_tokens]
+    # (index in sequences, for whom): the next token of the second is drawn from the logits of the first's last one.
+    sampled: list[tuple[int, Sequence]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)  # (source, destination) of blocks, copied beforehand
+    failed: list[Request] = field(default_factory=list)  # finished instead: no memory, even with nothing else running
 
 
 class Scheduler:
-    """Both `running` and `waiting` are in the order of arrival, and whoever runs came before whoever waits.
+    """Both `running` and `waiting` are in the order of service: by priority if the policy is that, then by arrival.
+    Under fcfs, and among requests of one priority, whoever runs came before whoever waits.
 
-    - Decodes come first. What they leave of the token budget goes to prompts, in chunks if need be. A prompt is
-      admitted only while budget is left, so at most one prompt, the newest running sequence, is half computed.
-    - A prompt's blocks are taken at its admission, all or none; a block for output when the last one is full.
-    - When there is none, the newest running sequence is preempted: it loses its blocks, goes back to the front of
-      `waiting` and is computed again later. The oldest one therefore always gets on, and every request becomes the
-      oldest some day.
+    - What runs comes first, each sequence with one token at least. What that leaves of the token budget goes to
+      prompts, in chunks if need be, in the order of service. A prompt is admitted only while budget is left.
+    - A prompt's blocks are taken at its admission, all or none, and only if as many are left as sequences run, so
+      that each can grow by one: an admission that must be undone a few steps later helps nobody. A block for output
+      is taken when the last one is full.
+    - When there is none, the last in service is preempted: it loses its blocks, goes back to its place in `waiting`
+      and is computed again later. The first one therefore always gets on, and every request becomes the first some
+      day, unless requests of higher priority never end.
+    - A waiting request takes the place of running ones of lower priority if it can't run beside them. While it
+      waits, they compute no more than a token a step.
+    - A prompt whose next block is computed in this very step waits until the next one, to share that block. It waits
+      a step only, as nothing that is admitted after others has begun yet, and nobody overtakes it.
+    - The sequences of a request are admitted, preempted and resumed together. The first one computes the prompt;
+      the others then fork from it.
     """
 
-    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int):
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        by_priority: bool = False,
+        watermark: int = 1,
+    ):
         self.blocks = blocks
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # each running sequence gets a token a step
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.by_priority = by_priority
+        self.watermark = watermark  # blocks that an admission leaves free for each sequence that runs
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
         self.num_preemptions = 0
+        self._num_added = 0
         self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
 
-    def add(self, seq: Sequence) -> None:
-        self.waiting.append(seq)
+    def add(self, request: Request) -> None:
+        self._num_added += 1
+        request.rank = (request.priority if self.by_priority else 0, self._num_added)
+        insort(self.waiting, request, key=_rank)
 
     def schedule(self) -> Schedule:
-        step, chunks = Schedule(), []
+        step, work = Schedule(), []
+        self.blocks.begin_step()
+        if self.by_priority:
+            self._make_way()
         budget = self.max_num_batched_tokens
-
-        def take(seq: Sequence) -> None:
-            nonlocal budget
-            num_tokens = min(seq.num_uncomputed_tokens, budget)
-            budget -= num_tokens
-            if num_tokens == 1:
-                step.sequences.append(seq)
-            else:
-                chunks.append((seq, num_tokens))
+        unserved = sum([len(request.active) for request in self.running])
 
         index = 0
         while index < len(self.running):
-            seq = self.running[index]
-            if self.blocks.allocate_slots(seq, min(seq.num_uncomputed_tokens, budget)):
-                take(seq)
+            request = self.running[index]
+            own = len(request.active)
+            # One token is kept for each sequence that is not served yet.
+            limit = own if self._is_outranked(request) else budget - unserved + own
+            chunks = self._extend(request, limit)
+            if chunks is not None:
+                work += chunks
+                budget -= sum([num_tokens for _, num_tokens in chunks])
+                unserved -= own
                 index += 1
             elif len(self.running) == 1:
-                self._fail(seq, step)
+                self._fail(request, step)
             else:
-                self._preempt_newest()  # perhaps `seq` itself
+                unserved -= len(self.running[-1].active)
+                self.preempt(self.running[-1])  # perhaps `request` itself
 
-        while self.waiting and budget and len(self.running) < self.max_num_seqs:
-            seq = self.waiting[0]
-            if self.blocks.allocate_slots(seq, seq.num_uncomputed_tokens):
+        while self.waiting and budget:
+            request = self.waiting[0]
+            leader, *others = request.unfinished
+            if len(others) >= len(self._free_rows):
+                break
+            num_tokens = request.num_prompt_tokens if others else len(leader.token_ids)
+            found = self.blocks.find_prefix(leader, num_tokens)
+            if self.blocks.is_being_computed(leader, len(found), num_tokens):
+                break
+            spare = self.watermark * (self._num_running_seqs + len(others)) if self.running else 0
+            if self.blocks.admit(leader, found, num_tokens, spare):
                 self._admit_first()
-                take(seq)
+                num_tokens = min(num_tokens - leader.num_cached_tokens, budget)
+                self.blocks.expect(leader, num_tokens)
+                work.append((leader, num_tokens))
+                budget -= num_tokens
             elif self.running:
                 break
             else:
-                self._fail(seq, step)
+                self._fail(request, step)
 
-        step.num_decodes = len(step.sequences)
-        step.num_tokens = [1] * step.num_decodes
-        for seq, num_tokens in chunks:
-            step.sequences.append(seq)
-            step.num_tokens.append(num_tokens)
+        self._lay_out(step, work)
+        step.copies = self.blocks.take_copies()
         return step
+
+    def complete(self, step: Schedule) -> None:
+        """The step's tokens are computed."""
+        for seq, num_tokens in zip(step.sequences, step.num_tokens, strict=True):
+            self.blocks.advance(seq, num_tokens)
+            request = seq.request
+            if request.is_forking and seq.num_cached_tokens == seq.num_prompt_tokens:
+                self._fork(request)
 
     def finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """Take `seq` out, whether it runs or waits, and free its blocks."""
+        request = seq.request
+        is_last = len(request.unfinished) == 1
         if seq.state is SequenceState.RUNNING:
-            self.running.remove(seq)
+            if request.is_forking and seq is request.active[0] and not is_last:
+                self._hand_over_prompt(request)
+            if seq in request.active:
+                request.active.remove(seq)
             self._release(seq)
-        else:
-            self.waiting.remove(seq)
+            if is_last:
+                self.running.remove(request)
+        elif is_last:
+            self.waiting.remove(request)
         seq.state = SequenceState.FINISHED
         seq.finish_reason, seq.stop_reason = reason, stop_reason
 
-    def _admit_first(self) -> None:
-        seq = self.waiting.popleft()
-        self.running.append(seq)
-        seq.state = SequenceState.RUNNING
-        seq.row = self._free_rows.pop()
-
-    def _preempt_newest(self) -> None:
-        seq = self.running.pop()
-        self._release(seq)
-        seq.state = SequenceState.WAITING
-        self.waiting.appendleft(seq)
+    def preempt(self, request: Request) -> None:
+        """Send a running request back to wait, without its blocks."""
+        self.running.remove(request)
+        for seq in request.unfinished:
+            self._release(seq)
+            seq.state = SequenceState.WAITING
+        request.active, request.is_forking = [], False
+        insort(self.waiting, request, key=_rank)
         self.num_preemptions += 1
+
+    def restart(self, waiting: list[Request]) -> None:
+        """Nothing runs, and these requests wait, whatever state the books were left in."""
+        self.blocks.discard()
+        self.running = []
+        self.waiting = sorted(waiting, key=_rank)
+        self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
+        for request in waiting:
+            request.active, request.is_forking = [], False
+            for seq in request.unfinished:
+                seq.block_table, seq.num_cached_tokens, seq.row = [], 0, -1
+                seq.state = SequenceState.WAITING
+
+    # -- what runs -----------------------------------------------------------------------------------------
+
+    @property
+    def _num_running_seqs(self) -> int:
+        return self.max_num_seqs - len(self._free_rows)
+
+    def _extend(self, request: Request, limit: int) -> list[tuple[Sequence, int]] | None:
+        """Room for what the sequences of `request` compute now, `limit` tokens at most; None when blocks lack."""
+        chunks = []
+        left = limit - len(request.active)  # beyond a token for each
+        for seq in request.active:
+            wanted = (seq.num_prompt_tokens if request.is_forking else len(seq.token_ids)) - seq.num_cached_tokens
+            num_tokens = min(wanted, 1 + left)
+            if not self.blocks.allocate_slots(seq, num_tokens):
+                return None
+            if num_tokens > 1:
+                left -= num_tokens - 1
+                self.blocks.expect(seq, num_tokens)
+            chunks.append((seq, num_tokens))
+        return chunks
+
+    def _fork(self, request: Request) -> None:
+        """The prompt is computed: all sequences go on from there, sharing its blocks."""
+        leader, *others = request.unfinished
+        for seq in others:
+            self.blocks.fork(leader, seq)
+        request.active, request.is_forking = [leader, *others], False
+
+    def _hand_over_prompt(self, request: Request) -> None:
+        """Another sequence computes what is left of the prompt, instead of the first."""
+        leader, heir, *_ = request.unfinished
+        self.blocks.fork(leader, heir)
+        heir.block_table += leader.block_table[len(heir.block_table) :]  # what is not computed yet has room as well
+        self.blocks.pool.share(heir.block_table[-(-leader.num_cached_tokens // self.blocks.block_size) :])
+        request.active.append(heir)
 
     def _release(self, seq: Sequence) -> None:
         self.blocks.free(seq)
         self._free_rows.append(seq.row)
         seq.row = -1
 
-    def _fail(self, seq: Sequence, step: Schedule) -> None:
-        """The device's memory has shrunk below what this sequence alone needs."""
-        seq.error = f"no memory for more than {self.blocks.pool.num_blocks} KV cache blocks"
-        self.finish(seq, "error")
-        step.failed.append(seq)
+    def _fail(self, request: Request, step: Schedule) -> None:
+        """The device's memory has shrunk below what this request alone needs."""
+        for seq in request.unfinished:
+            seq.error = f"no memory for more than {self.blocks.pool.num_blocks} KV cache blocks"
+            self.finish(seq, "error")
+        step.failed.append(request)
+
+    # -- what waits ----------------------------------------------------------------------------------------
+
+    def _admit_first(self) -> None:
+        request = self.waiting.pop(0)
+        insort(self.running, request, key=_rank)
+        leader, *others = request.unfinished
+        for seq in (leader, *others):
+            seq.state = SequenceState.RUNNING
+            seq.row = self._free_rows.pop()
+        request.is_forking = bool(others)
+        request.active = [leader]
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = leader.num_cached_tokens
+
+    def _is_outranked(self, request: Request) -> bool:
+        """Whether a request of higher priority waits."""
+        return bool(self.waiting) and self.waiting[0].rank[0] < request.rank[0]
+
+    def _make_way(self) -> None:
+        """Preempt requests of lower priority than the first that waits, as far as it needs their blocks and rows."""
+        while self.running and self._is_outranked(self.running[-1]):
+            request = self.waiting[0]
+            leader, *others = request.unfinished
+            num_tokens = request.num_prompt_tokens if others else len(leader.token_ids)
+            num_blocks = -(-num_tokens // self.blocks.block_size)
+            num_blocks += self.watermark * (self._num_running_seqs + len(others))
+            if len(others) < len(self._free_rows) and self.blocks.pool.can_allocate(num_blocks):
+                break
+            self.preempt(self.running[-1])
+
+    # -- the step ------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _lay_out(step: Schedule, work: list[tuple[Sequence, int]]) -> None:
+        """Sequences with one token before those with more."""
+        step.sequences = [seq for seq, num_tokens in work if num_tokens == 1]
+        step.num_decodes = len(step.sequences)
+        step.num_tokens = [1] * step.num_decodes
+        if len(work) > step.num_decodes:
+            step.sequences += [seq for seq, num_tokens in work if num_tokens > 1]
+            step.num_tokens += [num_tokens for _, num_tokens in work if num_tokens > 1]
+        for i, (seq, num_tokens) in enumerate(zip(step.sequences, step.num_tokens, strict=True)):
+            if seq.num_cached_tokens + num_tokens == len(seq.token_ids):
+                request = seq.request
+                if request.is_forking:
+                    step.sampled += [(i, other) for other in request.unfinished]
+                else:
+                    step.sampled.append((i, seq))
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    return request.rank

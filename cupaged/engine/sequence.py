@@ -6,6 +6,7 @@ from enum import Enum
 
 from cupaged.engine.logit_edits import LogitEdits, LogitRules
 from cupaged.engine.output_text import OutputText
+from cupaged.engine.prefix import Link, PrefixBlock, PrefixKey
 from cupaged.outputs import Logprob, RequestMetrics
 from cupaged.sampling_params import SamplingParams
 
@@ -19,8 +20,13 @@ class SequenceState(Enum):
 class Request:
     """What a caller asked for, and the sequences that answer it.
 
-    seed: keys the draws of its sequences: the caller's, or one drawn for it.
+    They wait, run and are preempted together. When there are several, the first unfinished one computes the prompt
+    for all; then the request forks, and each goes on by itself.
+
+    seed: keys the draws of its first sequence, the others' follow: the caller's, or one drawn for it.
     logit_rules: what its parameters do to logits; None for nothing.
+    priority: lower values come first. prefix_key: with whom it may share the cache of its prompt.
+    max_len: where its sequences end, prompt and output together; None for max_tokens alone.
     """
 
     def __init__(
@@ -32,6 +38,10 @@ class Request:
         seed: int,
         arrival_time: float,
         logit_rules: LogitRules | None = None,
+        *,
+        priority: int = 0,
+        prefix_key: PrefixKey | None = None,
+        max_len: int | None = None,
     ):
         self.request_id = request_id
         self.prompt = prompt
@@ -39,12 +49,29 @@ class Request:
         self.params = params
         self.seed = seed
         self.logit_rules = logit_rules
+        self.priority = priority
+        self.prefix_key = prefix_key or PrefixKey(model="")
+        self.max_len = max_len
         self.metrics = RequestMetrics(arrival_time)
-        self.sequences = [Sequence(self, index=0)]
+        self.num_cached_tokens: int | None = None  # of the prompt, found in the cache; None before it is scheduled
+        self.sequences = [Sequence(self, index) for index in range(params.num_sequences)]
+
+        # The scheduler's:
+        self.rank = (0, 0)  # its place among all: the lowest is served first
+        self.is_forking = False  # its first unfinished sequence computes the prompt for several
+        self.active: list[Sequence] = []  # those that compute: one while it is forking, else all unfinished ones
+
+    @property
+    def unfinished(self) -> list[Sequence]:
+        return [seq for seq in self.sequences if seq.state is not SequenceState.FINISHED]
 
     @property
     def finished(self) -> bool:
         return all(seq.state is SequenceState.FINISHED for seq in self.sequences)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
 
 
 class Sequence:
@@ -56,6 +83,9 @@ class Sequence:
 
     An uncomputed token's keys and values are not in the cache yet. A sequence that decodes has exactly one, its
     last; a preempted one has them all.
+
+    prefix: its full blocks, as far as they have been named; the first num_registered_blocks of them can be found in
+    the cache, and link stands for their content (None: what follows is not to be found).
     """
 
     __slots__ = (
@@ -64,14 +94,17 @@ class Sequence:
         "error",
         "finish_reason",
         "index",
+        "link",
         "logit_edits",
         "logprobs",
         "num_cached_tokens",
         "num_decoded_tokens",
         "num_prompt_tokens",
+        "num_registered_blocks",
         "num_sent_chars",
         "num_sent_tokens",
         "output_text",
+        "prefix",
         "request",
         "row",
         "state",
@@ -87,6 +120,9 @@ class Sequence:
         self.num_cached_tokens = 0
         self.block_table: list[int] = []  # block ids in token order
         self.state = SequenceState.WAITING
+        self.prefix: list[PrefixBlock] = []
+        self.num_registered_blocks = 0
+        self.link: Link | None = None
         self.row = -1  # of the batch's host arrays, while running
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
@@ -99,6 +135,10 @@ class Sequence:
         self.num_decoded_tokens = self.num_prompt_tokens  # output_text holds the output tokens before this one
         self.num_sent_tokens = 0  # what earlier outputs of kind DELTA told
         self.num_sent_chars = 0
+
+    @property
+    def seed(self) -> int:
+        return (self.request.seed + self.index) % 2**64
 
     @property
     def num_uncomputed_tokens(self) -> int:

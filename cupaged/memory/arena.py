@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,12 @@ class KVArena:
         self.slabs.append(slab)
         self._backend.copy_in(self.slab_table[index : index + 1], np.array([self._backend.address(slab)], np.int64))
         return self.layout.blocks_per_slab
+
+    def poison(self, block_ids: Sequence[int]) -> None:
+        """Fill these blocks with NaN, so that who reads them before they are written can't miss it. Slow."""
+        shift, mask = self.layout.slab_shift, self.layout.blocks_per_slab - 1
+        for block_id in block_ids:
+            self.slabs[block_id >> shift][:, :, block_id & mask] = np.nan
 
     def close(self) -> None:
         """Give the memory back."""

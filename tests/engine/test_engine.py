@@ -403,8 +403,8 @@ def test_the_cache_grows_with_demand_and_preallocate_takes_all_at_once():
 
 def test_stats_count_what_they_say():
     engine = make_engine(num_blocks=64, max_num_seqs=2)
-    for name in "abc":
-        engine.add_request(name, prompt_of(10), greedy(max_tokens=3))
+    for salt, name in enumerate("abc"):
+        engine.add_request(name, prompt_of(10, salt), greedy(max_tokens=3))
     engine.step()
     stats = engine.stats()
     assert (stats.num_running, stats.num_waiting) == (2, 1)

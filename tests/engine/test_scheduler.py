@@ -11,28 +11,30 @@ from cupaged.sampling_params import SamplingParams
 BLOCK_SIZE = 4
 
 
-def make_scheduler(num_blocks=100, max_num_seqs=8, max_num_batched_tokens=32):
+def make_scheduler(num_blocks=100, max_num_seqs=8, max_num_batched_tokens=32, watermark=0, **options):
     slabs = [num_blocks]
     pool = BlockPool(lambda: slabs.pop() if slabs else 0)
     return Scheduler(
-        BlockManager(pool, BLOCK_SIZE), max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+        BlockManager(pool, BLOCK_SIZE),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        watermark=watermark,
+        **options,
     )
 
 
 def add(scheduler, name, prompt_len):
     request = Request(name, None, [7] * prompt_len, SamplingParams(), seed=0, arrival_time=0.0)
-    scheduler.add(request.sequences[0])
+    scheduler.add(request)
     return request.sequences[0]
 
 
 def step(scheduler):
     """Schedule and 'compute'; [(name, tokens)] in batch order."""
     schedule = scheduler.schedule()
-    sampled = set(schedule.sampled)
-    for i, (seq, num_tokens) in enumerate(zip(schedule.sequences, schedule.num_tokens, strict=True)):
-        seq.num_cached_tokens += num_tokens
-        if i in sampled:
-            seq.token_ids.append(7)
+    scheduler.complete(schedule)
+    for _, seq in schedule.sampled:
+        seq.token_ids.append(7)
     assert all(n == 1 for n in schedule.num_tokens[: schedule.num_decodes])
     assert all(n > 1 for n in schedule.num_tokens[schedule.num_decodes :])
     names = [seq.request.request_id for seq in schedule.sequences]
@@ -111,7 +113,7 @@ def test_a_sequence_that_is_itself_the_newest_steps_back():
     step(s)
     assert step(s) == [("a", 1), ("b", 1)]
     assert step(s) == [("a", 1)]
-    assert [seq.request.request_id for seq in s.waiting] == ["b"]
+    assert [request.request_id for request in s.waiting] == ["b"]
     assert a.state is SequenceState.RUNNING
     assert b.state is SequenceState.WAITING
 
@@ -124,7 +126,7 @@ def test_preempted_sequences_keep_their_order():
     step(s)
     for _ in range(8):
         step(s)
-        assert [seq.request.request_id for seq in [*s.running, *s.waiting]] == ["a", "b", "c"]
+        assert [request.request_id for request in [*s.running, *s.waiting]] == ["a", "b", "c"]
     assert a.state is SequenceState.RUNNING
     assert s.num_preemptions >= 2
 
@@ -136,7 +138,7 @@ def test_a_sequence_that_has_all_memory_and_needs_more_fails_alone():
     b = add(s, "b", 8)
     assert step(s) == [("a", 8)]
     schedule = s.schedule()
-    assert schedule.failed == [a]
+    assert schedule.failed == [a.request]
     assert (a.state, a.finish_reason) == (SequenceState.FINISHED, "error")
     assert "2 KV cache blocks" in a.error
     assert schedule.sequences == [b]
@@ -146,7 +148,7 @@ def test_a_prompt_that_has_all_memory_and_needs_more_fails_alone():
     s = make_scheduler(num_blocks=2)
     a, b = add(s, "a", 9), add(s, "b", 8)
     schedule = s.schedule()
-    assert schedule.failed == [a]
+    assert schedule.failed == [a.request]
     assert schedule.sequences == [b]
 
 

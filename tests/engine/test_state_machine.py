@@ -90,10 +90,15 @@ class EngineWalk(RuleBasedStateMachine):
             return
         audit(self.engine)
         order = [
-            int(seq.request.request_id) for seq in [*self.engine.scheduler.running, *self.engine.scheduler.waiting]
+            int(request.request_id) for request in [*self.engine.scheduler.running, *self.engine.scheduler.waiting]
         ]
         assert order == sorted(order)  # first come, first served, preempted or not
-        half_computed = [seq for seq in self.engine.scheduler.running[:-1] if seq.num_uncomputed_tokens > 1]
+        half_computed = [
+            seq
+            for request in self.engine.scheduler.running[:-1]
+            for seq in request.active
+            if seq.num_uncomputed_tokens > 1
+        ]
         assert not half_computed
 
     def take_in(self, outputs):
@@ -117,7 +122,7 @@ class EngineWalk(RuleBasedStateMachine):
             return
         # Each step with something to do computes a token of the oldest request at least, or ends it.
         while self.engine.has_unfinished_requests():
-            oldest = [*self.engine.scheduler.running, *self.engine.scheduler.waiting][0]
+            oldest = [*self.engine.scheduler.running, *self.engine.scheduler.waiting][0].sequences[0]
             before = oldest.num_cached_tokens
             self.take_in(self.engine.step())
             assert oldest.num_cached_tokens > before or oldest.finish_reason is not None
