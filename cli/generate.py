@@ -32,6 +32,9 @@ HEADER_WIDTH = 60
 @click.option("--top-p", type=float, help="[default: the model's, else 0.95]")
 @click.option("--top-k", type=int, help="0 keeps all.  [default: the model's, else 40]")
 @click.option("--min-p", type=float, help="[default: the model's, else 0.05]")
+@click.option("--repetition-penalty", "--repeat-penalty", type=float, help="[default: the model's, else 1: none]")
+@click.option("--presence-penalty", type=float, help="[default: 0]")
+@click.option("--frequency-penalty", type=float, help="[default: 0]")
 @click.option("--seed", type=int, help="Makes the output repeatable.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the output at TEXT; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-sequence token.")
@@ -40,6 +43,12 @@ HEADER_WIDTH = 60
 @click.option("--no-stream", is_flag=True, help="Print when finished, not as it generates.")
 @click.option("--stats", is_flag=True, help="Times, tokens a second and KV cache use, on stderr.")
 @click.option("--max-num-seqs", type=int, default=256, show_default=True, help="Most prompts that run at once.")
+@click.option(
+    "--enable-prefix-caching/--no-enable-prefix-caching",
+    default=True,
+    show_default=True,
+    help="Compute once what prompts begin with in common.",
+)
 @model_options
 def generate(
     prompt,
@@ -59,6 +68,7 @@ def generate(
     gpu_memory_utilization,
     offline,
     max_num_seqs,
+    enable_prefix_caching,
     **sampling,
 ) -> None:
     """Continue each PROMPT; several run as one batch. Without any, the prompt is read from standard input."""
@@ -76,6 +86,7 @@ def generate(
         dtype=dtype,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
+        enable_prefix_caching=enable_prefix_caching,
         block_size=block_size,
         kv_cache_memory_bytes=kv_cache_memory,
         gpu_memory_utilization=gpu_memory_utilization,

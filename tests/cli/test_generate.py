@@ -100,6 +100,15 @@ def test_without_a_limit_it_ends_at_the_context(cupaged, tiny_model):
     assert len(result["prompt_token_ids"]) + len(result["token_ids"]) == 64
 
 
+def test_penalties_change_the_draws(cupaged, tiny_model):
+    def ids(*args):
+        return generate_json(cupaged, tiny_model, "Hello", "-n", 24, "--ignore-eos", *args)[0]["token_ids"]
+
+    assert len(set(ids())) < len(set(ids("--frequency-penalty", 2)))
+    assert ids() != ids("--repeat-penalty", 1.5)
+    assert ids() != ids("--presence-penalty", 2)
+
+
 def test_stats(cupaged, tiny_model):
     run = cupaged("generate", "-m", tiny_model, "Hello", "-n", 4, "--stats", *GREEDY)
     for word in ("load:", "time to first token:", "tokens/s", "KV cache:", "waste"):
@@ -116,6 +125,8 @@ def test_stats(cupaged, tiny_model):
         (["x", "--temperature", "nan"], 2, "temperature"),
         (["x", "--temperature", "-1"], 2, "temperature"),
         (["x", "--min-p", "2"], 2, "min_p"),
+        (["x", "--repeat-penalty", "0"], 2, "repetition_penalty"),
+        (["x", "--presence-penalty", "3"], 2, "presence_penalty"),
         (["x", "--logprobs", "2"], 2, "--json"),
         (["x", "--json", "--logprobs", "99"], 2, "logprobs"),
         (["x", "--block-size", "12"], 2, "block_size"),
