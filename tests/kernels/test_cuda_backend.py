@@ -491,9 +491,8 @@ def test_needed_kernels_are_of_one_dtype_and_head_dim():
         names = [name for _, name in needed_kernels(dtype, 128)]
         assert len(names) == len(set(names)) > 20
         assert not any(other in name for name in names)
-        assert {name.split("<")[0] for name in names} == {
-            name.split("<")[0] for _, name in cuda.registry.instantiations()
-        }
+        kernels = {name.split("<")[0] for _, name in cuda.registry.instantiations()}
+        assert {name.split("<")[0] for name in names} == kernels - {"partial_sums"}  # which no model asks for
         for name in names:
             if name.startswith(("rope", "paged")):
                 assert name.split(", ")[1] == "128"
