@@ -17,6 +17,7 @@ _HOME = {
     "CompletionOutput": "cupaged.outputs",
     "Logprob": "cupaged.outputs",
     "CupagedError": "cupaged.errors",
+    "QueueFullError": "cupaged.errors",
 }
 
 __all__ = ["__version__", *_HOME]

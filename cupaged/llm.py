@@ -60,6 +60,10 @@ class LLM:
         gpu_memory_utilization: float = EngineConfig.gpu_memory_utilization,
         kv_cache_memory_bytes: int | None = None,
         preallocate: bool = False,
+        enable_prefix_caching: bool = True,
+        scheduling_policy: str = EngineConfig.scheduling_policy,
+        max_queue_len: int | None = None,
+        debug: bool = False,
         seed: int | None = None,
         offline: bool = False,
         progress: Callable[[str], None] | None = None,
@@ -74,6 +78,10 @@ class LLM:
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             preallocate=preallocate,
+            enable_prefix_caching=enable_prefix_caching,
+            scheduling_policy=scheduling_policy,
+            max_queue_len=max_queue_len,
+            debug=debug,
             seed=seed,
         )
         require(load_format in ("auto", "dummy"), "load_format", load_format, "auto or dummy")
@@ -104,11 +112,17 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
         """Continue one prompt or several, which run as one batch; a result for each, in their order.
 
         prompts: text or token ids, or a list of such. sampling_params: one for all, one for each, or None for
-        get_default_sampling_params(). Raises ValueError that names the prompt that can't be run.
+        get_default_sampling_params(). priority: one for all, or one for each; with scheduling_policy "priority", lower
+        values are served first. cache_salt: cached prefixes are shared only with requests of the same salt.
+
+        Raises ValueError that names the prompt that can't be run, and QueueFullError.
         """
         prompts = [prompts] if _is_one_prompt(prompts) else list(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
@@ -117,11 +131,17 @@ class LLM:
             raise ValueError(
                 f"sampling_params: {len(sampling_params)} of them for {len(prompts)} prompts; give one for each, or one"
             )
+        priorities = [priority] * len(prompts) if isinstance(priority, int) else list(priority)
+        if len(priorities) != len(prompts):
+            raise ValueError(
+                f"priority: {len(priorities)} of them for {len(prompts)} prompts; give one for each, or one"
+            )
         request_ids: list[str] = []
         try:
             for i, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
+                params = replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
                 try:
-                    request_ids.append(self._add(prompt, replace(params, output_kind=RequestOutputKind.FINAL_ONLY)))
+                    request_ids.append(self._add(prompt, params, priority=priorities[i], cache_salt=cache_salt))
                 except ValueError as error:
                     raise ValueError(f"prompts[{i}]: {error}" if len(prompts) > 1 else str(error)) from None
             return [output for request_id in request_ids for output in self._wait_for(request_id)]
@@ -174,6 +194,10 @@ class LLM:
         """What the model's generation_config.json asks for, over SamplingParams' own defaults."""
         return self._sampling_defaults
 
+    def reset_prefix_cache(self) -> None:
+        """Forget what was computed of earlier prompts and outputs."""
+        self.engine.reset_prefix_cache()
+
     def stats_lines(self) -> list[str]:
         """For people: how the KV cache was used."""
         stats = self.engine.stats()
@@ -182,6 +206,13 @@ class LLM:
             f"{format_bytes(stats.kv_cache_bytes)} taken in {stats.num_slabs} slabs",
             f"KV waste: {stats.mean_waste:.1%} of the used blocks' token slots, on average",
         ]
+        if stats.num_cached_tokens:
+            lines.append(
+                f"prefix cache: {stats.num_cached_tokens} of {stats.num_prompt_tokens} prompt tokens were found, "
+                f"{stats.num_cached_blocks} blocks kept"
+            )
+        if stats.mean_sharing:
+            lines.append(f"sharing: {stats.mean_sharing:.1%} of the blocks saved, {stats.num_copies} copied on write")
         if stats.num_preemptions:
             lines.append(f"preemptions: {stats.num_preemptions}")
         return lines
@@ -200,11 +231,15 @@ class LLM:
 
     # -- requests ------------------------------------------------------------------------------------------
 
-    def _add(self, prompt: str | Iterable[int], params: SamplingParams) -> str:
+    def _add(self, prompt: str | Iterable[int], params: SamplingParams, **options) -> str:
         request_id = str(self._num_requests)
-        self.engine.add_request(request_id, prompt, params)
         self._num_requests += 1
         self._outputs[request_id] = deque()
+        try:
+            self.engine.add_request(request_id, prompt, params, **options)
+        except BaseException:
+            self._drop(request_id)
+            raise
         return request_id
 
     def _wait_for(self, request_id: str) -> Iterator[RequestOutput]:
