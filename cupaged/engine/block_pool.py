@@ -210,20 +210,24 @@ class BlockPool:
     def register(self, block_id: int, prefix: PrefixBlock, parent: Link) -> int:
         """Make a block findable, which is in use and computed; returns what stands for its content as a parent.
 
-        If another block holds the same, that one stays the one to be found. One of the same digest that holds
-        something else can't be found any more.
+        One block holds each content: if another one has the same and is in use, that stays the one to be found; if it
+        is free, this block takes over, as it is used more recently. One of the same digest that holds something else
+        can't be found any more.
         """
-        same = self.find(prefix, parent)
-        if same is not None:
-            return same.content.serial
+        block, content = self._blocks[block_id], None
         other = self._by_digest.get(prefix.digest)
         if other is not None:
+            if self.find(prefix, parent) is not None:
+                content = other.content
+                if other.ref_count > 0:
+                    return content.serial
             self._forget(other)
-        block = self._blocks[block_id]
-        self._last_serial += 1
-        block.content = Content(prefix, parent, self._last_serial)
+        if content is None:
+            self._last_serial += 1
+            content = Content(prefix, parent, self._last_serial)
+        block.content = content
         self._by_digest[prefix.digest] = block
-        return self._last_serial
+        return content.serial
 
     def forget_all(self) -> None:
         """No block can be found any more."""

@@ -1,12 +1,15 @@
 """Prompts that begin alike: computed once, never mixed up."""
 
 import random
+import time
+from itertools import pairwise
 
 import pytest
 from fake_model import VOCAB_SIZE, audit, expected_output, make_engine, model_with, run_all
 
 from cupaged.engine.block_pool import BlockPool
 from cupaged.engine.prefix import PrefixBlock, PrefixHasher, PrefixKey
+from cupaged.engine.sequence import Request
 from cupaged.sampling_params import SamplingParams
 
 BLOCK_SIZE = 8  # of make_engine
@@ -173,7 +176,7 @@ def test_digests_do_not_depend_on_how_the_sequence_grew():
         hasher.extend(grown, tokens[:length], key)
     assert grown == whole
     assert len(whole) == 50 // BLOCK_SIZE
-    assert all(block.parent_digest == parent.digest for parent, block in zip(whole, whole[1:], strict=False))
+    assert all(block.parent_digest == parent.digest for parent, block in pairwise(whole))
 
 
 def test_class_5_a_block_that_is_handed_out_anew_is_no_longer_found():
@@ -236,21 +239,21 @@ def test_class_17_the_least_recently_used_goes_first_and_tails_before_heads():
     assert engine.stats().num_cached_blocks == 6
     ask(engine, prompt_of(23, 2), max_tokens=2)  # 3 blocks: two are free, so one is evicted: the tail of salt 1
     assert engine.stats().num_evictions == 1
-    found = [len(engine.blocks.find_prefix(request_like(engine, prompt_of(25, salt)), 25)) for salt in range(3)]
-    assert found == [3, 2, 3]
+    assert [num_findable_blocks(engine, prompt_of(23, salt)) for salt in range(3)] == [3, 2, 3]
 
 
-def request_like(engine, prompt):
-    from cupaged.engine.sequence import Request
-
-    return Request("?", None, prompt, greedy(), 0, 0.0, prefix_key=PrefixKey(engine._model_key)).sequences[0]
+def num_findable_blocks(engine, prompt):
+    """Of the prompt and its output."""
+    token_ids = prompt + expected_output(prompt, 9, ignore_eos=True)
+    request = Request("?", None, token_ids, greedy(), 0, 0.0, prefix_key=PrefixKey(engine._model_key))
+    return len(engine.blocks.find_prefix(request.sequences[0], len(token_ids)))
 
 
 def test_free_blocks_then_new_ones_then_cached_ones_are_handed_out():
     grown = []
     pool = BlockPool(lambda: 2 if len(grown) < 1 and not grown.append(1) else 0)
     pool.add_blocks(3)
-    a, b, c = pool.allocate(3)
+    a, b, _ = pool.allocate(3)
     pool.register(a, PrefixBlock(b"a", b"", b"a"), PrefixKey("m"))
     pool.free([a, b])
     assert pool.allocate(1) == [b]
@@ -263,8 +266,6 @@ def test_free_blocks_then_new_ones_then_cached_ones_are_handed_out():
 
 
 def test_class_17_a_hundred_thousand_cached_blocks_are_evicted_in_constant_time_each():
-    import time
-
     def seconds_per_block(count):
         best = float("inf")
         for _ in range(3):
