@@ -12,6 +12,7 @@ import traceback
 import click
 
 from cupaged import __version__
+from cupaged.cli.bench import bench
 from cupaged.cli.convert import convert
 from cupaged.cli.generate import generate
 from cupaged.cli.info import info
@@ -39,9 +40,10 @@ def cli(debug: bool) -> None:
     """Run large language models without PyTorch: paged attention in hand-written CUDA C, driven by CuPy."""
 
 
-for command in (generate, pull, convert, info):
-    command.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help="Show tracebacks."))
+for command in (generate, pull, convert, info, bench):
     cli.add_command(command)
+for command in (generate, pull, convert, info, *bench.commands.values()):
+    command.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help="Show tracebacks."))
 
 
 def main(args: list[str] | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import click
 
@@ -24,38 +24,55 @@ class Size(click.ParamType):
         return int(float(number) * (1024 if binary else 1000) ** exponent)
 
 
+_MODEL_OPTIONS = {
+    "model": click.option(
+        "-m",
+        "--model",
+        help="A directory in Hugging Face layout, a .gguf file, a hub id or a short name.  "
+        "[default: SmolLM2-135M-Instruct]",
+    ),
+    "device": click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True),
+    "dtype": click.option(
+        "--dtype",
+        type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+        default="auto",
+        show_default=True,
+        help="auto: the checkpoint's on a GPU, float32 on the CPU.",
+    ),
+    "max_model_len": click.option(
+        "--max-model-len", type=int, metavar="TOKENS", help="Longest prompt + output.  [default: what fits]"
+    ),
+    "block_size": click.option(
+        "--block-size", type=int, default=16, show_default=True, help="Tokens a KV block: 8 to 64."
+    ),
+    "kv_cache_memory": click.option(
+        "--kv-cache-memory", type=Size(), help="Most the KV cache may take, for example 2GiB."
+    ),
+    "gpu_memory_utilization": click.option(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.9,
+        show_default=True,
+        help="Share of the GPU's memory that weights and KV cache together may reach.",
+    ),
+    "offline": click.option("--offline", is_flag=True, help="Never touch the network."),
+}
+
+
 def model_options(command: Callable) -> Callable:
     """What decides where a model comes from and where it runs."""
-    for option in reversed(
-        [
-            click.option(
-                "-m",
-                "--model",
-                help="A directory in Hugging Face layout, a .gguf file, a hub id or a short name.  "
-                "[default: SmolLM2-135M-Instruct]",
-            ),
-            click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True),
-            click.option(
-                "--dtype",
-                type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-                default="auto",
-                show_default=True,
-                help="auto: the checkpoint's on a GPU, float32 on the CPU.",
-            ),
-            click.option(
-                "--max-model-len", type=int, metavar="TOKENS", help="Longest prompt + output.  [default: what fits]"
-            ),
-            click.option("--block-size", type=int, default=16, show_default=True, help="Tokens a KV block: 8 to 64."),
-            click.option("--kv-cache-memory", type=Size(), help="Most the KV cache may take, for example 2GiB."),
-            click.option(
-                "--gpu-memory-utilization",
-                type=float,
-                default=0.9,
-                show_default=True,
-                help="Share of the GPU's memory that weights and KV cache together may reach.",
-            ),
-            click.option("--offline", is_flag=True, help="Never touch the network."),
-        ]
-    ):
+    return add_options(command, _MODEL_OPTIONS.values())
+
+
+def shape_options(command: Callable) -> Callable:
+    """Of the model options those that count where a model's shapes are used, but no model is run."""
+    return add_options(
+        command, [_MODEL_OPTIONS[name] for name in ("model", "device", "dtype", "block_size", "offline")]
+    )
+
+
+def add_options(command: Callable, options: Iterable[Callable]) -> Callable:
+    """Decorate the command with click options, which --help lists in this order."""
+    for option in reversed(list(options)):
         command = option(command)
     return command

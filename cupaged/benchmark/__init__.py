@@ -1,0 +1,1 @@
+"""What `cupaged bench` measures and how; the command line itself is cli/bench.py."""
