@@ -126,11 +126,13 @@ class FakeBackend:
 class FakeDecoder:
     """Writes tokens where the model would write K, positions where it would write V, and reads them back.
 
-    fail: raise instead of computing the next step. nan_after: a token id; a sequence that ends with it gets NaN.
+    fail: raise instead of computing the next step. during_forward: is called in each step. nan_after: a token id; a
+    sequence that ends with it gets NaN.
     """
 
     def __init__(self):
         self.fail: BaseException | None = None
+        self.during_forward = None
         self.nan_after: int | None = None
         self.batches = []  # (num_decodes, query lengths) of each step
 
@@ -138,6 +140,8 @@ class FakeDecoder:
         if self.fail is not None:
             error, self.fail = self.fail, None
             raise error
+        if self.during_forward is not None:
+            self.during_forward()
         check_batch(batch, arena)
         self.batches.append((batch.num_decodes, np.diff(batch.query_start_loc).tolist()))
         slabs, indices, offsets = locate(batch.slot_mapping, arena)

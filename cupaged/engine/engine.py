@@ -99,7 +99,7 @@ class Engine:
         self._model_key = f"{model!r}, {backend.dtype}"  # of prefixes
 
         self._lock = threading.RLock()
-        self._is_stepping = False
+        self._stepping = threading.Lock()  # held in a step: a lock, as an interrupt can't leave it in a wrong state
         self._to_abort: list[tuple[str, int | None]] = []  # asked for within a step
         self._is_torn = False  # a change of the books was broken off
 
@@ -217,21 +217,17 @@ class Engine:
         An exception ends all requests of the step, and frees their blocks; the engine goes on with the others.
         """
         with self._lock:
-            if self._is_stepping:
+            if self._stepping.locked():
                 raise RuntimeError("step() was called from within a step")
             self._mend()
-            try:
-                self._is_stepping = True
-                with self._changing_books():
-                    outputs = self._step()
-                    while self._to_abort:
-                        output = self._abort(*self._to_abort.pop(0))
-                        if output is not None:
-                            outputs.append(output)
-                if self.config.debug:
-                    self._debug()
-            finally:
-                self._is_stepping = False
+            with self._stepping, self._changing_books():
+                outputs = self._step()
+                while self._to_abort:
+                    output = self._abort(*self._to_abort.pop(0))
+                    if output is not None:
+                        outputs.append(output)
+            if self.config.debug:
+                self._debug()
             return outputs
 
     def abort(self, request_id: str, index: int | None = None) -> RequestOutput | None:
@@ -241,7 +237,7 @@ class Engine:
         something that the step calls: the request then ends with the step, which returns its last output.
         """
         with self._lock:
-            if self._is_stepping:
+            if self._stepping.locked():
                 self._to_abort.append((request_id, index))
                 return None
             self._mend()

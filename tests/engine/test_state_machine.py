@@ -1,4 +1,11 @@
-"""Random walks over the engine: add, step, abort, fail, run out of memory; every invariant after every step."""
+"""Random walks over the engine: add, fork, write to shared blocks, hit, evict, preempt, resume, abort all or a part,
+fail in the middle, run out of memory; every invariant after every step.
+
+CUPAGED_WALKS sets the number of walks, for a longer run.
+"""
+
+import os
+import random
 
 from fake_model import VOCAB_SIZE, audit, expected_output, make_engine
 from hypothesis import settings
@@ -7,34 +14,50 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from cupaged.sampling_params import RequestOutputKind, SamplingParams
 
+NUM_WALKS = int(os.environ.get("CUPAGED_WALKS", "100"))
+# Prompts are the beginnings of these, and of mixtures: they meet in the cache at every length.
+TEXTS = [[random.Random(i).randrange(VOCAB_SIZE) for _ in range(60)] for i in range(3)]
+
 
 class EngineWalk(RuleBasedStateMachine):
     requests = Bundle("requests")
 
     @initialize(
-        num_blocks=st.integers(3, 12),
+        num_blocks=st.integers(3, 16),
         max_num_seqs=st.integers(1, 6),
         max_num_batched_tokens=st.integers(1, 40),
         preallocate=st.booleans(),
+        enable_prefix_caching=st.booleans(),
+        scheduling_policy=st.sampled_from(["fcfs", "priority"]),
+        hash_bytes=st.sampled_from([None, 0, 1]),
     )
-    def start(self, **config):
+    def start(self, hash_bytes, **config):
         self.engine = make_engine(**config)
+        if hash_bytes is not None and self.engine.hasher is not None:
+            self.engine.hasher.hash_block = lambda parent, data: bytes([(sum(parent) + sum(data)) % 7][:hash_bytes])
+        self.by_priority = config["scheduling_policy"] == "priority"
         self.asked = {}  # request id -> (prompt, params)
-        self.received = {}  # request id -> tokens
+        self.received = {}  # request id -> tokens of each output
+        self.aborted = set()  # (request id, index)
         self.memory_was_short = False
         self.num_added = 0
 
     @rule(
         target=requests,
         length=st.integers(1, 40),
-        first=st.integers(0, VOCAB_SIZE - 1),
+        text=st.integers(0, 2),
+        turn=st.integers(0, 40),
+        n=st.sampled_from([1, 1, 2, 3, 4]),
         max_tokens=st.integers(1, 30),
         seed=st.none() | st.integers(0, 3),
         ignore_eos=st.booleans(),
+        priority=st.integers(0, 2),
+        cache_salt=st.sampled_from([None, None, "a"]),
     )
-    def add(self, length, first, max_tokens, seed, ignore_eos):
-        prompt = [(first + 3 * i) % VOCAB_SIZE for i in range(length)]
+    def add(self, length, text, turn, n, max_tokens, seed, ignore_eos, priority, cache_salt):
+        prompt = (TEXTS[text][:turn] + TEXTS[(text + 1) % 3][turn:])[:length]
         params = SamplingParams(
+            n=n,
             temperature=0 if seed is None else 1,
             seed=seed,
             max_tokens=max_tokens,
@@ -43,14 +66,19 @@ class EngineWalk(RuleBasedStateMachine):
         )
         request_id = str(self.num_added)
         self.num_added += 1
-        if length >= self.engine.max_model_len:
-            try:
-                self.engine.add_request(request_id, prompt, params)
-            except ValueError:
-                return multiple()
-            raise AssertionError("a request that can't fit was taken in")
-        self.engine.add_request(request_id, prompt, params)
-        self.asked[request_id], self.received[request_id] = (prompt, params), []
+        block_size, shared = self.engine.config.block_size, length // self.engine.config.block_size
+        end = min(length + max_tokens, self.engine.max_model_len)
+        num_blocks = shared + n * (-(-(end - 1) // block_size) - shared)
+        too_long = length >= self.engine.max_model_len
+        try:
+            self.engine.add_request(request_id, prompt, params, priority=priority, cache_salt=cache_salt)
+        except ValueError:
+            assert too_long or n > self.engine.scheduler.max_num_seqs or num_blocks > self.engine.arena.max_blocks
+            return multiple()
+        assert not too_long
+        assert n <= self.engine.scheduler.max_num_seqs
+        assert num_blocks <= self.engine.arena.max_blocks
+        self.asked[request_id], self.received[request_id] = (prompt, params), [[] for _ in range(n)]
         return request_id
 
     @rule(count=st.integers(1, 12))
@@ -63,8 +91,35 @@ class EngineWalk(RuleBasedStateMachine):
     def abort(self, request_id):
         output = self.engine.abort(request_id)
         if output is not None:
-            assert output.outputs[0].finish_reason == "abort"
+            assert {completion.finish_reason for completion in output.outputs} == {"abort"}
             del self.asked[request_id]
+
+    @rule(request_id=requests, index=st.integers(0, 3))
+    def abort_a_part(self, request_id, index):
+        output = self.engine.abort(request_id, index)
+        if output is not None:
+            self.aborted.add((request_id, index))
+            self.take_in([output])
+
+    @rule(request_id=requests, index=st.none() | st.integers(0, 3))
+    def abort_in_mid_step(self, request_id, index):
+        self.engine.runner.decoder.during_forward = lambda: self.engine.abort(request_id, index)
+        if self.engine.has_request(request_id):
+            self.aborted |= {(request_id, i) for i in range(4) if index in (None, i)}
+        self.take_in(self.engine.step())
+        self.engine.runner.decoder.during_forward = None
+
+    @precondition(lambda self: self.engine.scheduler.running)
+    @rule(data=st.data())
+    def preempt(self, data):
+        running = self.engine.scheduler.running
+        # Any of those in the last place; an older one too where order is by priority only.
+        self.engine.scheduler.preempt(running[data.draw(st.integers(0, len(running) - 1)) if self.by_priority else -1])
+
+    @rule()
+    def reset_prefix_cache(self):
+        self.engine.reset_prefix_cache()
+        assert self.engine.stats().num_cached_blocks == 0
 
     @precondition(lambda self: self.engine.has_unfinished_requests())
     @rule()
@@ -89,47 +144,44 @@ class EngineWalk(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         audit(self.engine)
-        order = [
-            int(request.request_id) for request in [*self.engine.scheduler.running, *self.engine.scheduler.waiting]
-        ]
-        assert order == sorted(order)  # first come, first served, preempted or not
-        half_computed = [
-            seq
-            for request in self.engine.scheduler.running[:-1]
-            for seq in request.active
-            if seq.num_uncomputed_tokens > 1
-        ]
-        assert not half_computed
+        scheduler = self.engine.scheduler
+        if not self.by_priority:  # first come, first served, preempted or not
+            order = [int(request.request_id) for request in [*scheduler.running, *scheduler.waiting]]
+            assert order == sorted(order)
 
     def take_in(self, outputs):
         for output in outputs:
-            completion = output.outputs[0]
             prompt, params = self.asked[output.request_id]
-            tokens = self.received[output.request_id]
-            tokens += completion.token_ids
-            expected = expected_output(prompt, params.max_tokens, seed=params.seed, ignore_eos=params.ignore_eos)
-            expected = expected[: self.engine.max_model_len - len(prompt)]
-            assert tokens == expected[: len(tokens)]
-            if output.finished:
-                del self.asked[output.request_id]
+            for completion in output.outputs:
+                tokens = self.received[output.request_id][completion.index]
+                tokens += completion.token_ids
+                seed = None if params.seed is None else params.seed + completion.index
+                expected = expected_output(prompt, params.max_tokens, seed=seed, ignore_eos=params.ignore_eos)
+                expected = expected[: self.engine.max_model_len - len(prompt)]
+                assert tokens == expected[: len(tokens)]
                 if completion.finish_reason == "error":
                     assert self.memory_was_short
-                else:
+                elif completion.finish_reason == "abort":
+                    assert (output.request_id, completion.index) in self.aborted
+                elif completion.finish_reason is not None:
                     assert tokens == expected
+            if output.finished:
+                del self.asked[output.request_id]
 
     def teardown(self):
         if not hasattr(self, "engine"):
             return
-        # Each step with something to do computes a token of the oldest request at least, or ends it.
+        # Each step with something to do brings the first in service on by a token at least, or ends it.
         while self.engine.has_unfinished_requests():
-            oldest = [*self.engine.scheduler.running, *self.engine.scheduler.waiting][0].sequences[0]
-            before = oldest.num_cached_tokens
+            first = min([*self.engine.scheduler.running, *self.engine.scheduler.waiting], key=lambda r: r.rank)
+            sequences = first.unfinished
+            before = sum(seq.num_cached_tokens for seq in sequences)
             self.take_in(self.engine.step())
-            assert oldest.num_cached_tokens > before or oldest.finish_reason is not None
+            assert sum(seq.num_cached_tokens for seq in sequences) > before or len(first.unfinished) < len(sequences)
             audit(self.engine)
         assert not self.asked
         assert self.engine.stats().num_used_blocks == 0
 
 
-EngineWalk.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+EngineWalk.TestCase.settings = settings(max_examples=NUM_WALKS, stateful_step_count=40, deadline=None)
 test_random_walks = EngineWalk.TestCase
