@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -18,7 +19,7 @@ from cupaged.errors import DeviceError, OutOfMemoryError
 from cupaged.kernels import registry
 from cupaged.kernels.activation import silu_and_mul
 from cupaged.kernels.checks import BLOCK_SIZES, C_TYPE, HALF_TYPES, ceil_div, check, check_that
-from cupaged.kernels.compile import compile_kernels
+from cupaged.kernels.compile import load_kernels
 from cupaged.kernels.copy_blocks import copy_blocks
 from cupaged.kernels.device import device_info
 from cupaged.kernels.embedding import embedding
@@ -68,6 +69,7 @@ def probe() -> Probe:
         if runtime.getDeviceCount() == 0:
             return Probe(False, _no_device())
         device_info()  # asks for the compute capability
+        runtime.memGetInfo()  # makes the CUDA context: a device that is broken or kept by another process refuses
         return Probe(True, CupyDevice().description)
     except DeviceError as error:
         return Probe(False, str(error))
@@ -121,20 +123,27 @@ class CupyDevice:
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
         """An uninitialised array. Raises MemoryError."""
-        return self._cupy.empty(shape, dtype)
+        with self._memory_errors():
+            return self._cupy.empty(shape, dtype)
 
     def pinned(self, num_bytes: int) -> np.ndarray:
         """Page-locked host memory [num_bytes] uint8, from which copies run by themselves and which kernels can address.
 
         Not from CuPy's pool, which rounds up to powers of two and keeps what it has. Raises MemoryError.
         """
-        try:
+        with self._memory_errors():
             memory = self._cupy.cuda.PinnedMemory(num_bytes)
+        return np.frombuffer(self._cupy.cuda.PinnedMemoryPointer(memory, 0), np.uint8, num_bytes)
+
+    @contextlib.contextmanager
+    def _memory_errors(self) -> Iterator[None]:
+        """What CuPy's pools raise is a MemoryError; allocators without a pool let CUDA's own error through."""
+        try:
+            yield
         except self._cupy.cuda.runtime.CUDARuntimeError as error:
             if error.status == ERROR_OUT_OF_MEMORY:
                 raise MemoryError from None
             raise
-        return np.frombuffer(self._cupy.cuda.PinnedMemoryPointer(memory, 0), np.uint8, num_bytes)
 
     def copy(self, dst: Array, src: Array) -> None:
         """Start copying src to dst, both C-contiguous and of as many bytes."""
@@ -262,7 +271,7 @@ class CudaBackend:
         return self._device.memory_info()
 
     def reserve(self, config: ModelConfig, max_num_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
-        compile_kernels(needed_kernels(self.dtype, config.head_dim), device_info().arch)
+        load_kernels(needed_kernels(self.dtype, config.head_dim))
 
         num_bytes = decode_workspace_size(
             max_num_seqs, config.num_heads, config.num_kv_heads, config.head_dim, max_model_len

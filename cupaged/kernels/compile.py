@@ -58,16 +58,29 @@ def set_loader(load: Callable[[str, str], Kernel]) -> None:
     _load = load
 
 
-@functools.cache
 def load_from_cubin(file: str, name: str) -> Kernel:
     """The default loader: compile for the current device unless the cache has it, and load through CuPy."""
-    import cupy
-
-    path, symbol = compile_kernel(file, name, device_info().arch)
-    return RawKernelLauncher(cupy.RawModule(path=str(path)).get_function(symbol))
+    if (kernel := _loaded.get((file, name))) is None:
+        kernel = _loaded[file, name] = _open_image(*compile_kernel(file, name, device_info().arch))
+    return kernel
 
 
 _load: Callable[[str, str], Kernel] = load_from_cubin
+_loaded: dict[tuple[str, str], Kernel] = {}  # by load_from_cubin and load_kernels
+
+
+def load_kernels(kernels: Iterable[tuple[str, str]]) -> None:
+    """Load (file, name) pairs for the current device, compiling in parallel what the cache lacks: then no launch has
+    to, which would cost the first steps time and break the capture of a graph."""
+    missing = [pair for pair in kernels if pair not in _loaded]
+    for pair, image in compile_kernels(missing, device_info().arch).items():
+        _loaded[pair] = _open_image(*image)
+
+
+def _open_image(path: Path, symbol: str) -> Kernel:
+    import cupy
+
+    return RawKernelLauncher(cupy.RawModule(path=str(path)).get_function(symbol))
 
 
 class RawKernelLauncher:
@@ -75,12 +88,14 @@ class RawKernelLauncher:
 
     def __init__(self, raw_kernel):
         self._raw_kernel = raw_kernel
-        self._max_shared_bytes = MAX_DEFAULT_SHARED_BYTES
+        self._max_shared_bytes: dict[object, int] = {}  # by function: each device has its own
 
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple, shared_mem: int = 0) -> None:
-        if shared_mem > self._max_shared_bytes:
-            self._raw_kernel.max_dynamic_shared_size_bytes = shared_mem
-            self._max_shared_bytes = shared_mem
+        if shared_mem > MAX_DEFAULT_SHARED_BYTES:
+            function = self._raw_kernel.kernel  # the current device's
+            if shared_mem > self._max_shared_bytes.get(function, 0):
+                self._raw_kernel.max_dynamic_shared_size_bytes = shared_mem
+                self._max_shared_bytes[function] = shared_mem
         self._raw_kernel(grid, block, args, shared_mem=shared_mem)
 
 
@@ -94,11 +109,13 @@ def compile_kernel(file: str, name: str, arch: str) -> tuple[Path, str]:
     return cache.store(key, image, symbols[name])
 
 
-def compile_kernels(kernels: Iterable[tuple[str, str]], arch: str, num_threads: int | None = None) -> None:
-    """Bring (file, name) pairs into the cache, in parallel (by default one thread a processor)."""
+def compile_kernels(
+    kernels: Iterable[tuple[str, str]], arch: str, num_threads: int | None = None
+) -> dict[tuple[str, str], tuple[Path, str]]:
+    """compile_kernel for each (file, name), in parallel (by default one thread a processor)."""
     with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
-        for future in [pool.submit(compile_kernel, file, name, arch) for file, name in kernels]:
-            future.result()
+        futures = {pair: pool.submit(compile_kernel, *pair, arch) for pair in kernels}
+        return {pair: future.result() for pair, future in futures.items()}
 
 
 def compile_program(file: str, names: Sequence[str], arch: str) -> tuple[bytes, dict[str, str]]:

@@ -9,23 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cupaged.backends.cuda import probe
 from cupaged.kernels.compile import SOURCE_DIR, load_from_cubin, set_loader
 from host.build import HostLoader, find_compiler
 from kernel_tools import GpuRunner, HostRunner
 
 
-def has_gpu() -> bool:
-    import cupy
-
-    try:
-        return cupy.cuda.runtime.getDeviceCount() > 0
-    except cupy.cuda.runtime.CUDARuntimeError:
-        return False
-
-
 def pytest_generate_tests(metafunc):
     if "runner" in metafunc.fixturenames:
-        gpu = [pytest.param("gpu", marks=pytest.mark.gpu)] if has_gpu() else []
+        gpu = [pytest.param("gpu", marks=pytest.mark.gpu)] if probe().usable else []
         metafunc.parametrize("runner", ["host", *gpu], indirect=True)
 
 
@@ -49,7 +41,10 @@ def runner(request):
     and 0 keeps them in order. CUPAGED_HOST_SOURCES names a folder of other sources (tests/host/mutate.py).
     """
     if request.param == "gpu":
-        yield GpuRunner()
+        import cupy
+
+        with cupy.cuda.using_allocator(None):  # no pool, so that compute-sanitizer sees where each array ends
+            yield GpuRunner()
         return
     request.getfixturevalue("compiler")
     seed = os.environ.get("CUPAGED_HOST_SEED")

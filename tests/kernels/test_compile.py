@@ -289,8 +289,24 @@ def test_set_loader_replaces_the_loader():
     assert launched == [((3,), (128,), 5)]
 
 
-def test_the_shared_memory_limit_follows_the_launches():
+def test_kernels_are_compiled_and_loaded_ahead_of_their_launches(sources, monkeypatch):
+    set_device_info(DeviceInfo("sm_80", num_sms=108, max_shared_bytes=166912))
+    opened = []
+    monkeypatch.setattr(compiler, "_loaded", {})
+    monkeypatch.setattr(compiler, "_open_image", lambda path, symbol: opened.append(symbol) or symbol)
+    pairs = [("scale.cu", f"scale<{factor}>") for factor in range(3)]
+    try:
+        compiler.load_from_cubin(*pairs[0])
+        compiler.load_kernels(pairs)
+        assert len(set(opened)) == len(opened) == 3
+        assert {compiler.load_from_cubin(*pair) for pair in pairs} == set(opened)
+    finally:
+        set_device_info(None)
+
+
+def test_the_shared_memory_limit_follows_the_launches_on_each_device():
     class RawKernel:
+        kernel: str = "the first device's function"
         limits: tuple = ()
         launches: tuple = ()
 
@@ -310,6 +326,9 @@ def test_the_shared_memory_limit_follows_the_launches():
         kernel((1,), (32,), (), shared_mem=shared_mem)
     assert raw_kernel.limits == (64 << 10, 100 << 10)
     assert [launch[3] for launch in raw_kernel.launches] == requests
+    raw_kernel.kernel = "the second device's function"
+    kernel((1,), (32,), (), shared_mem=64 << 10)
+    assert raw_kernel.limits == (64 << 10, 100 << 10, 64 << 10)
 
 
 # -- the device ----------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ class CupyArraysDevice(NumpyDevice):
 
 @pytest.fixture(params=[NumpyDevice, CupyArraysDevice])
 def host_build(request, runner, monkeypatch):
-    """(device, names of the kernels that were loaded); nothing is compiled ahead."""
+    """(device, names of the kernels that were loaded); nothing is loaded ahead."""
     if not hasattr(runner, "loader"):
         pytest.skip("runs over the host build; a GPU has the tests of whole models")
     device, loaded = request.param(runner), set()
@@ -145,7 +145,7 @@ def host_build(request, runner, monkeypatch):
 
     set_loader(load)
     set_device_info(H100)
-    monkeypatch.setattr(cuda, "compile_kernels", lambda kernels, arch: None)
+    monkeypatch.setattr(cuda, "load_kernels", lambda kernels: None)
     yield device, loaded
     set_device_info(None)
 
@@ -471,6 +471,20 @@ def test_out_of_memory_says_how_much_and_what_to_do(backend, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("status", "raised"), [(2, MemoryError), (46, RuntimeError)])
+def test_cudas_own_out_of_memory_is_a_memory_error(status, raised):
+    """As it comes from an allocator without a pool."""
+    import cupy
+
+    def refuse(num_bytes):
+        raise cupy.cuda.runtime.CUDARuntimeError(status)
+
+    device = object.__new__(cuda.CupyDevice)
+    device._cupy = cupy
+    with cupy.cuda.using_allocator(refuse), pytest.raises(raised):
+        device.empty((3, 4), np.float32)
+
+
 def test_a_swap_space_that_cannot_be_had_says_so(backend, monkeypatch):
     def fail(num_bytes):
         raise MemoryError
@@ -507,18 +521,25 @@ class FakeCudaError(RuntimeError):
         self.status = status
 
 
-def fake_cupy(monkeypatch, *, devices=1, error=None, driver=12040):
-    """Put a CuPy in place whose runtime fails with `error` (a status) or has `devices` devices."""
+def fake_cupy(monkeypatch, *, devices=1, error=None, context_error=None, driver=12040):
+    """Put a CuPy in place whose runtime fails with `error` (a status) or has `devices` devices, whose contexts fail
+    with `context_error`."""
 
     def get_device_count():
         if error is not None:
             raise FakeCudaError(error)
         return devices
 
+    def get_memory_info():
+        if context_error is not None:
+            raise FakeCudaError(context_error)
+        return 3 << 30, 4 << 30
+
     runtime = types.SimpleNamespace(
         CUDARuntimeError=FakeCudaError,
         getDeviceCount=get_device_count,
         driverGetVersion=lambda: driver,
+        memGetInfo=get_memory_info,
         getDeviceProperties=lambda device: {"name": b"NVIDIA Imaginary 100"},
     )
     device = types.SimpleNamespace(id=0)
@@ -567,6 +588,12 @@ def test_a_usable_gpu(monkeypatch):
     fake_cupy(monkeypatch)
     monkeypatch.setattr(cuda, "device_info", lambda: H100)
     assert probe() == (True, "NVIDIA Imaginary 100 (driver for CUDA 12.4)")
+
+
+def test_a_gpu_that_gives_no_context(monkeypatch):
+    fake_cupy(monkeypatch, context_error=46)  # another process has it for itself
+    monkeypatch.setattr(cuda, "device_info", lambda: H100)
+    assert probe() == (False, "CUDA does not start: cudaError 46")
 
 
 def test_no_cupy(monkeypatch):
