@@ -4,15 +4,13 @@ The models are those of tests/model, whose logits transformers computed in float
 """
 
 import ctypes
-import functools
 import sys
 import types
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from model.conftest import Driver
+from model_tools import GOLDEN, MODELS, RoundingBackend, golden, mixed_steps, new_driver, rms
 from sampling_tools import make_rows, random_logits
 
 from cupaged.backends import cuda, sampling_reference
@@ -31,9 +29,7 @@ from cupaged.kernels.device import DeviceInfo, set_device_info
 from cupaged.memory.arena import KVArena, KVLayout
 from cupaged.sampling_params import SamplingParams
 from cupaged.weights.checkpoint import Checkpoint
-from cupaged.weights.packing import load_weights
 
-GOLDEN = Path(__file__).parents[1] / "model" / "golden"
 H100 = DeviceInfo("sm_90a", num_sms=132, max_shared_bytes=232448)
 
 
@@ -158,86 +154,6 @@ def backend(host_build):
 # -- whole models --------------------------------------------------------------------------------------------
 
 
-class RoundingBackend(ReferenceBackend):
-    """The plain implementation in a 16-bit type: NumPy in float32, each operation's results rounded."""
-
-    def __init__(self, dtype):
-        super().__init__()
-        self._rounded_to = dtype
-
-    def round_weights(self, weights):
-        for part in (weights, *weights.layers):
-            self._round(*(array for array in vars(part).values() if isinstance(array, np.ndarray)))
-
-    def _round(self, *arrays):
-        for array in arrays:
-            array[...] = array.astype(self._rounded_to)
-
-    def rms_norm(self, out, x, weight, eps):
-        super().rms_norm(out, x, weight, eps)
-        self._round(out)
-
-    def add_rms_norm(self, out, residual, x, weight, eps):
-        residual += x
-        self._round(residual)
-        self.rms_norm(out, residual, weight, eps)
-
-    def linear(self, out, x, weight, bias=None):
-        super().linear(out, x, weight, bias)
-        self._round(out)
-
-    def rope_and_store_kv(self, qkv, arena, layer, positions, slot_mapping, *args):
-        super().rope_and_store_kv(qkv, arena, layer, positions, slot_mapping, *args)
-        self._round(qkv, *(slab[layer] for slab in arena.slabs))
-
-    def paged_attention(self, out, *args):
-        super().paged_attention(out, *args)
-        self._round(out)
-
-    def silu_and_mul(self, out, gate_up):
-        super().silu_and_mul(out, gate_up)
-        self._round(out)
-
-
-@functools.cache
-def golden(name: str) -> dict:
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
-        arrays = dict(arrays)
-    prompts = np.split(arrays["prompts"], np.cumsum(arrays["lengths"])[:-1])
-    return arrays | {"prompts": [prompt.tolist() for prompt in prompts]}
-
-
-def new_driver(name: str, backend) -> Driver:
-    checkpoint = Checkpoint(GOLDEN / name)
-    weights = load_weights(checkpoint.tensors, checkpoint.config, backend)
-    if isinstance(backend, RoundingBackend):
-        backend.round_weights(weights)
-    return Driver(checkpoint.config, weights, backend, block_size=8)
-
-
-def mixed_steps(driver: Driver, name: str) -> np.ndarray:
-    """The 33-token prompt of the model in a whole, then in chunks that share their steps with a decode and
-    with whole prompts, its end as decodes. Logits [66, vocab_size] of both ways."""
-    prompts = golden(name)["prompts"]
-    prompt, other, third = prompts[-1], prompts[1], prompts[2]
-    [whole] = driver.step((driver.new_sequence(), prompt), all_logits=True)
-    mixed, rows = driver.new_sequence(), []
-    neighbour = driver.new_sequence()
-    rows.append(driver.step((mixed, prompt[:17]), (neighbour, other), all_logits=True)[0])
-    rows.append(driver.step((neighbour, [5]), (mixed, prompt[17:18]), all_logits=True)[1])
-    rows.append(
-        driver.step((neighbour, [7]), (mixed, prompt[18:29]), (driver.new_sequence(), third), all_logits=True)[1]
-    )
-    for i in range(29, 33):
-        rows.append(driver.step((mixed, prompt[i : i + 1]), (neighbour, [i]), all_logits=True)[0])
-    return np.concatenate([whole, *rows])
-
-
-def rms(x: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
-
-
-MODELS = ["llama", "llama_untied", "mistral", "qwen2", "qwen3"]
 WHOLE_MODELS = [
     *((NumpyDevice, name, dtype) for name in MODELS for dtype in HALF_TYPES),
     (CupyArraysDevice, "qwen2", FLOAT16),
