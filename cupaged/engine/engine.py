@@ -393,6 +393,7 @@ class Engine:
         for request_id, request in self._requests.items():
             if all(seq.state is SequenceState.WAITING for seq in request.unfinished) and not request.finished:
                 waiting[request_id] = request
+        self.pool.add_blocks(self.arena.num_blocks - self.pool.num_blocks)
         self.scheduler.restart(list(waiting.values()))
         self._requests = waiting
         self._is_torn = False

@@ -111,8 +111,8 @@ class KVArena:
             self._retry_time = time.monotonic() + GROW_RETRY_SECONDS
             return 0
         index = len(self.slabs)
-        self.slabs.append(slab)
         self._backend.copy_in(self.slab_table[index : index + 1], np.array([self._backend.address(slab)], np.int64))
+        self.slabs.append(slab)  # last, so that an interrupt leaves no slab whose address is not in the table
         return self.layout.blocks_per_slab
 
     def poison(self, block_ids: Sequence[int]) -> None:

@@ -164,3 +164,99 @@ def test_finishing_in_any_state_gives_all_blocks_back(num_steps):
     assert not s.running
     assert not s.waiting
     assert sorted(s._free_rows) == list(range(s.max_num_seqs))
+
+
+# -- the watermark, priorities, fairness ------------------------------------------------------------------------------
+
+
+def test_an_admission_leaves_a_block_for_each_sequence_that_runs():
+    s = make_scheduler(num_blocks=4, watermark=1)
+    a = add(s, "a", 8)
+    add(s, "b", 7)
+    assert step(s) == [("a", 8)]  # b's two blocks would leave none for a's next
+    assert step(s) == [("a", 1)]
+    s.finish(a, "stop")
+    assert step(s) == [("b", 7)]  # nobody else runs, so nothing is left for others
+
+
+@pytest.mark.parametrize("watermark", [0, 1])
+def test_a_watermark_keeps_requests_from_thrashing(watermark):
+    """Many requests in a cache that holds a few: preemptions with and without."""
+    s = make_scheduler(num_blocks=12, max_num_seqs=6, max_num_batched_tokens=64, watermark=watermark)
+    waiting = [add(s, str(i), 6) for i in range(30)]
+    for _ in range(2000):
+        step(s)
+        for seq in waiting:
+            if seq.num_output_tokens == 14 and seq.finish_reason is None:
+                s.finish(seq, "length")
+        if not s.running and not s.waiting:
+            break
+    assert not s.waiting
+    assert s.num_preemptions > 20 if watermark == 0 else s.num_preemptions < 20
+
+
+def add_with_priority(scheduler, name, prompt_len, priority):
+    request = Request(name, None, [7] * prompt_len, SamplingParams(), seed=0, arrival_time=0.0, priority=priority)
+    scheduler.add(request)
+    return request.sequences[0]
+
+
+def test_lower_values_are_served_first_and_equals_in_the_order_of_arrival():
+    s = make_scheduler(by_priority=True, max_num_batched_tokens=4)
+    for name, priority in (("a", 2), ("b", 0), ("c", 1), ("d", 0)):
+        add_with_priority(s, name, 3, priority)
+    assert step(s) == [("d", 1), ("b", 3)]
+    assert [request.request_id for request in [*s.running, *s.waiting]] == ["b", "d", "c", "a"]
+
+
+def test_fcfs_takes_no_note_of_priorities():
+    s = make_scheduler()
+    for name, priority in (("a", 2), ("b", 0)):
+        add_with_priority(s, name, 3, priority)
+    assert step(s) == [("a", 3), ("b", 3)]
+
+
+def test_class_16_a_request_of_higher_priority_takes_blocks_and_rows_of_lower_ones():
+    s = make_scheduler(num_blocks=6, max_num_seqs=2, by_priority=True)
+    low = add_with_priority(s, "low", 8, 5)
+    step(s)
+    add_with_priority(s, "mid", 8, 3)
+    assert step(s) == [("low", 1), ("mid", 8)]
+    add_with_priority(s, "high", 10, 1)
+    assert step(s) == [("mid", 1), ("high", 10)]
+    assert low.state is SequenceState.WAITING
+    assert not low.block_table
+    add_with_priority(s, "mid 2", 8, 3)
+    for _ in range(2):
+        assert [name for name, _ in step(s)] == ["high", "mid"]  # an equal one waits
+    assert s.num_preemptions == 1
+
+
+def test_a_long_prompt_of_low_priority_makes_room_in_the_budget():
+    s = make_scheduler(num_blocks=100, max_num_batched_tokens=10, by_priority=True)
+    add_with_priority(s, "long", 60, 5)
+    assert step(s) == [("long", 10)]
+    add_with_priority(s, "short", 5, 1)
+    assert step(s) == [("long", 1), ("short", 5)]
+    assert step(s) == [("short", 1), ("long", 9)]
+
+
+def test_class_15_everybody_is_served_in_the_order_of_arrival():
+    s = make_scheduler(num_blocks=8, max_num_seqs=3, max_num_batched_tokens=12)
+    finished, num_added = [], 0
+    for i in range(3000):
+        if i < 200:
+            add(s, str(num_added), 1 + i * 7 % 20)
+            num_added += 1
+        before = {request: request.sequences[0].num_cached_tokens for request in s.running[:1]}
+        step(s)
+        for request, cached in before.items():
+            assert request.sequences[0].num_cached_tokens > cached  # the first in service gets on in every step
+        for request in list(s.running):
+            if request.sequences[0].num_output_tokens == 4:
+                finished.append(int(request.request_id))
+                s.finish(request.sequences[0], "length")
+        if not s.running and not s.waiting:
+            break
+    assert sorted(finished) == list(range(200))
+    assert all(abs(place - number) <= 2 for place, number in enumerate(finished))
