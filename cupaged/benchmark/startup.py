@@ -48,7 +48,8 @@ def _first_token(options: dict[str, Any], home: str) -> dict[str, Any]:
     folders = {name: os.path.join(home, name) for name in ("CUPAGED_HOME", "CUDA_CACHE_PATH", "CUPY_CACHE_DIR")}
     command = [sys.executable, "-m", "cupaged.benchmark.first_token", json.dumps(options)]
     start = time.monotonic()
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | folders)
+    # Started in the source tree, python -m would find that instead of what is installed.
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | folders, cwd=home)
     if result.returncode:
         lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
         raise CupagedError(f"the process that was to be timed failed: {lines[-1]}")

@@ -172,9 +172,14 @@ def test_bad_prompt_files(cupaged, tiny_model, tmp_path):
         assert says in run.err
 
 
+def start(*args) -> subprocess.Popen:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "cupaged.cli.main", *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
 def test_a_closed_pipe_is_no_error(tiny_model):
-    command = [sys.executable, "-m", "cupaged.cli.main", "generate", "-m", str(tiny_model), "x", "--ignore-eos"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start("generate", "-m", tiny_model, "x", "--ignore-eos")
     process.stdout.read(1)
     process.stdout.close()
     errors = process.stderr.read().decode()
@@ -188,13 +193,10 @@ def test_ctrl_c_stops_with_130(tiny_model, tmp_path):
 
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('"x"\n' * 400)
-    command = [sys.executable, "-m", "cupaged.cli.main", "generate", "-m", str(tiny_model), "--ignore-eos"]
-    process = subprocess.Popen(
-        [*command, "--prompts", str(prompts)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = start("generate", "-m", tiny_model, "--ignore-eos", "--prompts", prompts)
     line = process.stderr.readline()  # the device line: it generates from here on
-    assert "running on" in line
+    assert b"running on" in line
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Traceback" not in errors
+    assert b"Traceback" not in errors
