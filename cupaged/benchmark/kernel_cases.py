@@ -143,21 +143,7 @@ class KernelCases:
         num_layers = self._num_sets(kv_bytes)
         arena = self._arena(num_layers, num_blocks)
         block_ids = self._rng.permutation(arena.num_blocks)[:num_blocks]
-        num_decodes = num_seqs if query_len == 1 else 0
-        batch = self.backend.upload_batch(
-            Batch(
-                token_ids=np.zeros(num_tokens, np.int32),
-                positions=np.tile(np.arange(length - query_len, length, dtype=np.int32), num_seqs),
-                slot_mapping=np.full(num_tokens, -1, np.int32),
-                query_start_loc=np.arange(num_seqs + 1, dtype=np.int32) * np.int32(query_len),
-                seq_lens=np.full(num_seqs, length, np.int32),
-                block_tables=block_ids.reshape(num_seqs, -1).astype(np.int32),
-                logits_indices=np.arange(num_seqs, dtype=np.int32),
-                num_decodes=num_decodes,
-                max_query_len=0 if num_decodes else query_len,
-                max_seq_len=length,
-            )
-        )
+        batch = self.backend.upload_batch(attention_batch(block_ids.reshape(num_seqs, -1), length, query_len))
         qkv = self._array((num_tokens, model.qkv_size))
         out = self.backend.empty((num_tokens, q_size), self.backend.dtype)
         num_products = num_seqs * int(np.minimum(np.arange(length - query_len, length) + 1, window).sum())
@@ -305,8 +291,7 @@ class KernelCases:
     # -- arrays ------------------------------------------------------------------------------------------------
 
     def _num_sets(self, num_bytes: int) -> int:
-        """How many arrays of num_bytes launches must take turns on to find none in the L2 cache."""
-        return min(MAX_SETS, ceil_div(COLD_L2_FACTOR * self.l2_bytes, num_bytes))
+        return num_cold_sets(num_bytes, self.l2_bytes)
 
     def _sets(self, shape: tuple[int, int]) -> list[Array]:
         return [self._array(shape) for _ in range(self._num_sets(self.backend.dtype.itemsize * shape[0] * shape[1]))]
@@ -339,6 +324,29 @@ class KernelCases:
                 raise OutOfMemoryError(f"{num_blocks} blocks of {format_bytes(layout.bytes_per_block)} don't fit")
             _fill(self.backend, arena.slabs[-1])
         return arena
+
+
+def num_cold_sets(num_bytes: int, l2_bytes: int) -> int:
+    """How many arrays of num_bytes launches must take turns on to find none in the L2 cache."""
+    return min(MAX_SETS, ceil_div(COLD_L2_FACTOR * l2_bytes, num_bytes))
+
+
+def attention_batch(block_tables: np.ndarray, length: int, query_len: int) -> Batch:
+    """The last query_len tokens of sequences of `length` tokens each; block_tables [num_seqs, blocks of each]."""
+    num_seqs = len(block_tables)
+    num_decodes = num_seqs if query_len == 1 else 0
+    return Batch(
+        token_ids=np.zeros(num_seqs * query_len, np.int32),
+        positions=np.tile(np.arange(length - query_len, length, dtype=np.int32), num_seqs),
+        slot_mapping=np.full(num_seqs * query_len, -1, np.int32),
+        query_start_loc=np.arange(num_seqs + 1, dtype=np.int32) * np.int32(query_len),
+        seq_lens=np.full(num_seqs, length, np.int32),
+        block_tables=np.ascontiguousarray(block_tables, np.int32),
+        logits_indices=np.arange(num_seqs, dtype=np.int32),
+        num_decodes=num_decodes,
+        max_query_len=0 if num_decodes else query_len,
+        max_seq_len=length,
+    )
 
 
 def random_array(backend: Backend, shape: tuple[int, ...], dtype) -> Array:

@@ -44,15 +44,15 @@ class GraphTimer:
         import cupy
 
         self._cupy = cupy
-        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self.stream = cupy.cuda.Stream(non_blocking=True)
         self._repeats = repeats
         self.l2_bytes: int = cupy.cuda.Device().attributes["L2CacheSize"]
 
     def __call__(self, launch: Callable[[int], None], num_sets: int) -> Timing:
         self._cupy.cuda.Device().synchronize()  # the arrays were filled on another stream
-        with self._stream:
+        with self.stream:
             launch(0)  # loads the kernel, which a capture doesn't take
-            self._stream.synchronize()
+            self.stream.synchronize()
 
             def launch_all(count: int) -> None:
                 for i in range(count):
@@ -64,9 +64,11 @@ class GraphTimer:
 
             once = self._elapsed_us(lambda: launch_all(num_sets))
             count = num_sets * ceil_div(SAMPLE_US, max(1, int(once)))
-            self._stream.begin_capture()
-            launch_all(count)
-            graph = self._stream.end_capture()
+            self.stream.begin_capture()
+            try:
+                launch_all(count)
+            finally:
+                graph = self.stream.end_capture()
             samples = []
             for _ in range(self._repeats):
                 graph.launch()  # keeps the GPU busy until the measured one stands in the queue
@@ -75,9 +77,9 @@ class GraphTimer:
 
     def _elapsed_us(self, work: Callable[[], object]) -> float:
         begin, end = self._cupy.cuda.Event(), self._cupy.cuda.Event()
-        begin.record(self._stream)
+        begin.record(self.stream)
         work()
-        end.record(self._stream)
+        end.record(self.stream)
         end.synchronize()
         return self._cupy.cuda.get_elapsed_time(begin, end) * 1e3
 

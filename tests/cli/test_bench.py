@@ -106,7 +106,9 @@ def test_throughput_of_equal_requests_and_of_part_of_a_file(bench, request_file)
 
 
 def test_throughput_of_several_outputs_a_prompt(bench):
-    _, report = bench("throughput", "--n", 3, "--num-requests", 2, "--prompt-len", 40, "--output-len", 4, "--repeats", 2)
+    _, report = bench(
+        "throughput", "--n", 3, "--num-requests", 2, "--prompt-len", 40, "--output-len", 4, "--repeats", 2
+    )
     (row,) = report["figures"]
     assert (row["requests"], row["prompt_tokens"], row["output_tokens"]) == (2, 80, 24)
     assert report["engine"]["num_output_tokens"] == 3 * 24
