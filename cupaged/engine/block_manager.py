@@ -81,16 +81,18 @@ class BlockManager:
         |<-- blocks in seq.block_table -->|<- taken ->|
                              |<- if shared: copied
         """
-        first = seq.num_cached_tokens // self.block_size  # the first block that is written to
-        is_shared = first < len(seq.block_table) and self.pool.ref_count(seq.block_table[first]) > 1
-        if is_shared and not self._copy_on_write(seq, first):
-            return False
-        missing = -(-(seq.num_cached_tokens + num_tokens) // self.block_size) - len(seq.block_table)
+        block_size, table = self.block_size, seq.block_table
+        first = seq.num_cached_tokens // block_size  # the first block that is written to
+        if first < len(table) and self.pool.ref_count(table[first]) > 1:
+            if not self._copy_on_write(seq, first):
+                return False
+            table = seq.block_table
+        missing = -(-(seq.num_cached_tokens + num_tokens) // block_size) - len(table)
         if missing > 0:
             block_ids = self.pool.allocate(missing)
             if block_ids is None:
                 return False
-            seq.block_table.extend(block_ids)
+            table.extend(block_ids)
         return True
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
@@ -109,6 +111,10 @@ class BlockManager:
             for block_id in block_table:
                 self._copies.pop(block_id, None)
         self.pool.free(reversed(block_table))
+
+    def source_of(self, block_id: int) -> int:
+        """The block that holds the contents of this one, which may be a copy that is not made yet."""
+        return self._copies.get(block_id, block_id)
 
     def _copy_on_write(self, seq: Sequence, index: int) -> bool:
         block_ids = self.pool.allocate(1)
@@ -141,13 +147,13 @@ class BlockManager:
         """The next `num_tokens` tokens of `seq` are computed now. Blocks that are full become findable, not before:
         nobody can read what is not written yet."""
         end = seq.num_cached_tokens = seq.num_cached_tokens + num_tokens
-        if num_tokens > 1 or end % self.block_size == 0:
+        if end // self.block_size > seq.num_registered_blocks:
             self._register(seq, end // self.block_size)
 
-    def reset_prefix_cache(self, running: list[Sequence]) -> None:
-        """Forget all contents, and do not take up those that the running sequences compute on top of them."""
+    def reset_prefix_cache(self, sequences: list[Sequence]) -> None:
+        """Forget all contents, and do not take up those that these sequences compute on top of them."""
         self.pool.forget_all()
-        for seq in running:
+        for seq in sequences:
             seq.link = None
 
     def discard(self) -> None:

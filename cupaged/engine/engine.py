@@ -411,14 +411,15 @@ class Engine:
         if self.pool.handed_out is not None:
             self.arena.poison(self.pool.handed_out)
             self.pool.handed_out.clear()
-        touched: dict[Request, list[Sequence]] = {}  # in order
+        touched: dict[Request, list[Sequence]] = {}  # with news that are to be told now, in order
         for request in schedule.failed:
             for seq in request.sequences:
                 self._settle_text(seq, len(seq.token_ids))
             touched[request] = request.sequences
         if schedule.sequences:
             for seq in self._run(schedule):
-                touched.setdefault(seq.request, []).append(seq)
+                if seq.state is SequenceState.FINISHED or not seq.request.tells_end_only:
+                    touched.setdefault(seq.request, []).append(seq)
         outputs = []
         for request, sequences in touched.items():
             output = self._output(request, sequences)
@@ -457,7 +458,7 @@ class Engine:
         for row, (seq, token_id) in enumerate(zip(result.sequences, result.token_ids, strict=True)):
             if seq.request.metrics.first_token_time is None:
                 seq.request.metrics.first_token_time = now
-            if result.logprobs is not None and seq.request.params.num_logprobs is not None:
+            if result.logprobs is not None and seq.request.num_logprobs is not None:
                 self._add_logprobs(seq, result.logprobs, row)
             self._add_token(seq, token_id)
         return result.sequences
@@ -524,7 +525,7 @@ class Engine:
         return found
 
     def _add_logprobs(self, seq: Sequence, logprobs: Logprobs, row: int) -> None:
-        end = 1 + seq.request.params.num_logprobs
+        end = 1 + seq.request.num_logprobs
         token_ids, values = logprobs.token_ids[row, :end].tolist(), logprobs.logprobs[row, :end].tolist()
         ranks = [int(logprobs.ranks[row]), *range(1, end)]
         seq.cumulative_logprob += values[0]
@@ -545,7 +546,7 @@ class Engine:
         params, finished = request.params, request.finished
         if finished:
             request.metrics.finished_time = time.monotonic()
-        elif params.output_kind is RequestOutputKind.FINAL_ONLY or params.picks_best:
+        elif request.tells_end_only:
             return None
         if params.picks_best:
             best = sorted(request.sequences, key=lambda seq: (seq.finish_reason == "error", -seq.cumulative_logprob))

@@ -70,7 +70,7 @@ class Sampler:
             self._edit(copies, sequences[begin:end])
             self._backend.sample(token_ids[begin:end], copies, rows[begin:end], self.vocab_size)
 
-        asked = [k for seq in sequences if (k := seq.request.params.num_logprobs) is not None]
+        asked = [k for seq in sequences if (k := seq.request.num_logprobs) is not None]
         logprobs = self._logprobs(logits, token_ids, max(asked)) if asked else None
         return self._backend.to_host(token_ids).tolist(), logprobs
 
@@ -80,7 +80,7 @@ class Sampler:
         of which a copy is edited (2), since log probabilities are wanted of the raw logits."""
         if seq.logit_edits is None:
             return 0
-        return 1 if seq.request.params.num_logprobs is None else 2
+        return 1 if seq.request.num_logprobs is None else 2
 
     def _sampling_rows(self, sequences: list[Sequence]) -> np.ndarray:
         for seq in sequences:

@@ -81,10 +81,9 @@ class Scheduler:
             own = len(request.active)
             # One token is kept for each sequence that is not served yet.
             limit = own if self._is_outranked(request) else budget - unserved + own
-            chunks = self._extend(request, limit)
-            if chunks is not None:
-                work += chunks
-                budget -= sum([num_tokens for _, num_tokens in chunks])
+            num_tokens = self._extend(request, limit, work)
+            if num_tokens:
+                budget -= num_tokens
                 unserved -= own
                 index += 1
             elif len(self.running) == 1:
@@ -171,20 +170,23 @@ class Scheduler:
     def _num_running_seqs(self) -> int:
         return self.max_num_seqs - len(self._free_rows)
 
-    def _extend(self, request: Request, limit: int) -> list[tuple[Sequence, int]] | None:
-        """Room for what the sequences of `request` compute now, `limit` tokens at most; None when blocks lack."""
-        chunks = []
+    def _extend(self, request: Request, limit: int, work: list[tuple[Sequence, int]]) -> int:
+        """Make room for what the sequences of `request` compute now, `limit` tokens at most, and add it to `work`;
+        returns how many tokens, or 0, and nothing is added, when blocks lack."""
+        start, total = len(work), 0
         left = limit - len(request.active)  # beyond a token for each
         for seq in request.active:
-            wanted = (seq.num_prompt_tokens if request.is_forking else len(seq.token_ids)) - seq.num_cached_tokens
-            num_tokens = min(wanted, 1 + left)
+            end = seq.num_prompt_tokens if request.is_forking else len(seq.token_ids)
+            num_tokens = min(end - seq.num_cached_tokens, 1 + left)
             if not self.blocks.allocate_slots(seq, num_tokens):
-                return None
+                del work[start:]
+                return 0
             if num_tokens > 1:
                 left -= num_tokens - 1
                 self.blocks.expect(seq, num_tokens)
-            chunks.append((seq, num_tokens))
-        return chunks
+            work.append((seq, num_tokens))
+            total += num_tokens
+        return total
 
     def _fork(self, request: Request) -> None:
         """The prompt is computed: all sequences go on from there, sharing its blocks."""

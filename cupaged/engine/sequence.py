@@ -8,11 +8,12 @@ from cupaged.engine.logit_edits import LogitEdits, LogitRules
 from cupaged.engine.output_text import OutputText
 from cupaged.engine.prefix import Link, PrefixBlock, PrefixKey
 from cupaged.outputs import Logprob, RequestMetrics
-from cupaged.sampling_params import SamplingParams
+from cupaged.sampling_params import RequestOutputKind, SamplingParams
 
 
 class SequenceState(Enum):
     WAITING = "waiting"  # holds no blocks: new, or preempted
+    SWAPPED = "swapped"  # preempted too, but what it has computed is kept in the host's memory
     RUNNING = "running"  # holds blocks and a row of the batch
     FINISHED = "finished"
 
@@ -52,6 +53,8 @@ class Request:
         self.priority = priority
         self.prefix_key = prefix_key or PrefixKey(model="")
         self.max_len = max_len
+        self.num_logprobs = params.num_logprobs
+        self.tells_end_only = params.output_kind is RequestOutputKind.FINAL_ONLY or params.picks_best
         self.metrics = RequestMetrics(arrival_time)
         self.num_cached_tokens: int | None = None  # of the prompt, found in the cache; None before it is scheduled
         self.sequences = [Sequence(self, index) for index in range(params.num_sequences)]
@@ -70,8 +73,22 @@ class Request:
         return all(seq.state is SequenceState.FINISHED for seq in self.sequences)
 
     @property
+    def is_swapped(self) -> bool:
+        return any(seq.state is SequenceState.SWAPPED for seq in self.sequences)
+
+    @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """In the cache; a prompt that several sequences share counts once."""
+        num_tokens = sum([seq.num_cached_tokens for seq in self.active])
+        return num_tokens - max(0, len(self.active) - 1) * self.num_prompt_tokens
+
+    def num_wanted_tokens(self, seq: Sequence) -> int:
+        """How many tokens of `seq`, an active one, are to be computed as things stand."""
+        return self.num_prompt_tokens if self.is_forking else len(seq.token_ids)
 
 
 class Sequence:
@@ -80,9 +97,10 @@ class Sequence:
     token_ids  |<------ prompt ------>|<------ output ------>|
                |<-- num_cached_tokens -->|<-- uncomputed --->|
     block_table    covers the cached tokens, and those that were given room for this step
+    swapped_table  covers the cached tokens while it is swapped: blocks of the swap space
 
     An uncomputed token's keys and values are not in the cache yet. A sequence that decodes has exactly one, its
-    last; a preempted one has them all.
+    last; a preempted one has them all, unless it is swapped.
 
     prefix: its full blocks, as far as they have been named; the first num_registered_blocks of them can be found in
     the cache, and link stands for their content (None: what follows is not to be found).
@@ -109,6 +127,7 @@ class Sequence:
         "row",
         "state",
         "stop_reason",
+        "swapped_table",
         "token_ids",
     )
 
@@ -119,6 +138,7 @@ class Sequence:
         self.num_prompt_tokens = len(self.token_ids)
         self.num_cached_tokens = 0
         self.block_table: list[int] = []  # block ids in token order
+        self.swapped_table: list[int] = []
         self.state = SequenceState.WAITING
         self.prefix: list[PrefixBlock] = []
         self.num_registered_blocks = 0
