@@ -32,22 +32,25 @@ RUNTIME_FLAGS = (*COMMON_FLAGS, "-O2")
 KERNEL_FLAGS = (
     *COMMON_FLAGS,
     "-O1",
-    "-fno-gnu-unique",  # static shared memory of one library must not be merged with another's
     "-fno-strict-aliasing",  # CUDA code reads registers as other types
     "-fno-threadsafe-statics",  # g++ guards static arrays of classes; poison in a guard reads as "done"
     "-ffp-contract=off",
-    "-ftrivial-auto-var-init=pattern",  # a local that nobody set holds the same large number each time
+    "-fsanitize=undefined,float-cast-overflow",  # memory.cpp takes the findings
+    "-fno-sanitize=vptr",
     *("-Wno-attributes", "-Wno-unknown-pragmas"),
 )
-
-UNDEFINED_FLAGS = ("-fsanitize=undefined,float-cast-overflow", "-fno-sanitize=vptr")  # memory.cpp takes the findings
+OPTIONAL_FLAGS = (  # where the compiler knows them
+    "-fno-gnu-unique",  # g++: static shared memory of one library must not be merged with another's
+    "-ftrivial-auto-var-init=pattern",  # a local that nobody set holds the same large number each time
+)
 
 # A call before every access, with its address and size: memory.cpp takes those too.
-WATCH_FLAGS = (*UNDEFINED_FLAGS, "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
+WATCH_FLAGS = ("-fsanitize=thread",)
 
-# The compiler's own AddressSanitizer instead, when its library is loaded into the process (LD_PRELOAD). It ends the
-# process at the first finding. Stacks are left out: it would take fibers for overflows.
-ADDRESS_FLAGS = (*UNDEFINED_FLAGS, "-fsanitize=address", "--param=asan-stack=0", "--param=asan-globals=0")
+# The compiler's own AddressSanitizer instead, when its library is loaded into the process. It ends the process at the
+# first finding. Stacks are left out: it would take fibers for overflows.
+#   LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 pytest tests/kernels
+ADDRESS_FLAGS = ("-fsanitize=address", "--param=asan-stack=0", "--param=asan-globals=0")
 
 MAX_THREADS_PER_BLOCK = 1024
 MAX_GRID = (2**31 - 1, 65535, 65535)
@@ -190,8 +193,7 @@ class HostKernel:
         if not launch.fault_pc or not shutil.which("addr2line"):
             return ""
         offset = launch.fault_pc - launch.image - 1  # the call stands before its return address
-        command = ["addr2line", "-e", str(self._path), "-i", "-s", hex(offset)]
-        lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")
+        lines = _run(["addr2line", "-e", str(self._path), "-i", "-s", hex(offset)]).stdout.split("\n")
         lines = [line.split(" ")[0] for line in lines if line and "?" not in line]
         return f" at {', called at '.join(lines)}" if lines else ""
 
@@ -243,8 +245,9 @@ def compile_kernel(path: Path, name: str) -> Path:
     includes = (path.parent, INCLUDE_DIR, SOURCE_DIR)
     source = f'#include "{path.name}"\n#include "entry.h"\nCUPAGED_HOST_KERNEL({name})\n'
     key = [source_digest(file, includes) for file in (path, INCLUDE_DIR / "shim.h", INCLUDE_DIR / "entry.h")]
-    sanitizers = ADDRESS_FLAGS if address_sanitizer_is_loaded() else WATCH_FLAGS
-    flags = (*KERNEL_FLAGS, *sanitizers, "-include", "shim.h", *(f"-I{folder}" for folder in includes))
+    sanitizer = ADDRESS_FLAGS if address_sanitizer_is_loaded() else WATCH_FLAGS
+    flags = (*KERNEL_FLAGS, *known_flags(_compiler()), *sanitizer)
+    flags += ("-include", "shim.h", *(f"-I{folder}" for folder in includes))
     return _build(path.stem, source, key, flags)
 
 
@@ -260,9 +263,7 @@ def _runtime() -> ctypes.CDLL:
 def _build(stem: str, source: str, key: Sequence[bytes], flags: Sequence[str]) -> Path:
     """Compile C++ text to a shared library; its name holds the digest of all that it depends on: text, flags, compiler
     and `key`, the digests of the files that it includes."""
-    compiler = find_compiler()
-    if compiler is None:
-        raise RuntimeError("no C++ compiler: install g++, or set CXX")
+    compiler = _compiler()
     digest = hashlib.sha256(repr((_compiler_version(compiler), source, *flags, *key)).encode()).hexdigest()
     library = _cache_dir() / f"{stem}-{digest[:32]}.so"
     if library.exists():
@@ -275,16 +276,35 @@ def _build(stem: str, source: str, key: Sequence[bytes], flags: Sequence[str]) -
             [compiler, *flags, "-c", str(text), "-o", str(compiled)],
             [compiler, "-shared", str(compiled), "-o", str(linked)],
         ):
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            result = _run(command)
             if result.returncode:
                 raise RuntimeError(f"{stem} doesn't compile for the host:\n{source}\n{result.stderr}")
         os.replace(linked, library)  # whole or not at all, for other processes
     return library
 
 
+def _compiler() -> str:
+    compiler = find_compiler()
+    if compiler is None:
+        raise RuntimeError("no C++ compiler: install g++, or set CXX")
+    return compiler
+
+
 @functools.cache
 def _compiler_version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    return _run([compiler, "--version"]).stdout
+
+
+@functools.cache
+def known_flags(compiler: str) -> tuple[str, ...]:
+    """Those of OPTIONAL_FLAGS that the compiler knows."""
+    probe = [compiler, "-Werror", "-fsyntax-only", "-x", "c++", "/dev/null"]
+    return tuple(flag for flag in OPTIONAL_FLAGS if _run([*probe, flag]).returncode == 0)
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # no libasan in there
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 def _cache_dir() -> Path:

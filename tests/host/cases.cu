@@ -270,7 +270,7 @@ __global__ void faulty(float* out, const float* x, int n, unsigned long long add
   }
   if (kFault == Fault::kCopyPastEnd) cp_async_16(tile + i * 4 % 64, x + i * 4);
   if (kFault == Fault::kCopyMisaligned) cp_async_16(tile + i / 2 * 4, x + 1);
-  if (kFault == Fault::kMisaligned) out[i] = load_vec(x + 1).data[0];
+  if (kFault == Fault::kMisaligned) out[i] = reinterpret_cast<const Vec<float>*>(x + 1)->data[0];
   if (kFault == Fault::kNullPointer) out[i] = *reinterpret_cast<const float*>(address & 0);
   if (kFault == Fault::kOverflow) out[i] = float(n * 50000000);
   if (kFault == Fault::kShift) out[i] = float(1 << (n / 2));
@@ -282,7 +282,7 @@ __global__ void faulty(float* out, const float* x, int n, unsigned long long add
 __global__ void uninitialised(float* out, int n) {
   DYNAMIC_SHARED(memory);
   __shared__ float scratch[8];
-  if (n < 0) scratch[0] = 0;
+  if (n < 0) scratch[-n] = out[0];
   float sum;
   for (int i = 0; i < n; ++i) sum += out[i];
   out[0] = scratch[0];

@@ -261,6 +261,19 @@ WATCH_SIZES(volatile_write, kWrite)
 WATCH(read_range, kRead)
 WATCH(write_range, kWrite)
 EXPORT void __tsan_init() {}
+EXPORT void __tsan_func_entry(void*) {}
+EXPORT void __tsan_func_exit() {}
+EXPORT void* __tsan_memcpy(void* dst, const void* src, size_t size) {  // clang's
+  ENTER();
+  host::access(src, unsigned(size), host::Access::kRead);
+  host::access(dst, unsigned(size), host::Access::kWrite);
+  return memcpy(dst, src, size);
+}
+EXPORT void* __tsan_memset(void* dst, int value, size_t size) {
+  ENTER();
+  host::access(dst, unsigned(size), host::Access::kWrite);
+  return memset(dst, value, size);
+}
 
 // -- what -fsanitize=undefined calls ------------------------------------------------------------------------
 

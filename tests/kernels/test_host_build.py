@@ -13,7 +13,7 @@ import pytest
 
 from cupaged.kernels.checks import BFLOAT16, C_TYPE, FLOAT16
 from cupaged.kernels.compile import NULL
-from host.build import HOST_DIR, HostKernelError, HostLoader, address_sanitizer_is_loaded
+from host.build import HOST_DIR, HostKernelError, HostLoader, address_sanitizer_is_loaded, find_compiler, known_flags
 from kernel_tools import IMPOSSIBLE_BLOCK_ID, HostRunner, PagedCache, assert_close, is_poison, poisoned
 
 CASES = HOST_DIR / "cases.cu"
@@ -262,8 +262,8 @@ def test_a_pipeline_with_a_wrong_wait_or_no_barrier_is_found(load, variant, mess
 def test_under_libasan_it_is_libasan_that_finds_what_is_out_of_bounds(compiler):
     command = [compiler, "-print-file-name=libasan.so"]
     library = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    if not os.path.isabs(library):
-        pytest.skip("the compiler has no AddressSanitizer library")
+    if not os.path.isabs(library) or "clang" in compiler:
+        pytest.skip("needs g++ with its AddressSanitizer library")
     code = f"""
 import sys
 sys.path.insert(0, {str(HOST_DIR.parent)!r})
@@ -285,7 +285,8 @@ def test_what_nobody_wrote_is_visible(load):
     out = np.zeros(3, np.float32)
     load("uninitialised")((1,), (1,), (out, np.int32(3)), shared_mem=16)
     assert np.isnan(out[:2]).all()
-    assert abs(out[2]) > 1e30
+    if "-ftrivial-auto-var-init=pattern" in known_flags(find_compiler()):  # g++ 12, clang 8
+        assert not abs(out[2]) < 1e30  # or NaN
 
 
 # -- arguments and launches -----------------------------------------------------------------------------------
