@@ -50,7 +50,7 @@ def test_a_shared_block_is_free_when_its_last_holder_lets_go():
     assert pool.num_free_blocks == 2
 
 
-def test_freeing_twice_and_sharing_a_free_block_raise():
+def test_class_19_freeing_twice_and_sharing_a_free_block_raise():
     pool = growing_pool(2)
     blocks = pool.allocate(2)
     pool.free(blocks)
