@@ -6,8 +6,9 @@ are over sequences and over tiles of queries.
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,11 +36,12 @@ class ReferenceBackend:
         self.description = f"the CPU ({_cpu_model()}, {_num_cpus()} cores)"
         self._uploaded: Batch | None = None
         self._spans: dict[int, list[_Span]] = {}  # window -> the spans of the uploaded batch
+        self._gathered = [np.empty(0, self.dtype), np.empty(0, self.dtype)]  # K and V; kept, as fresh pages are slow
 
     # -- memory --------------------------------------------------------------------------------------------
 
     def empty(self, shape: tuple[int, ...], dtype) -> np.ndarray:
-        wanted = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
+        wanted = math.prod(shape) * np.dtype(dtype).itemsize
         free, _ = self.memory_info()
         if wanted <= free:
             try:
@@ -75,15 +77,14 @@ class ReferenceBackend:
         pass  # NumPy's temporaries come from the heap, and nothing is compiled
 
     def upload_batch(self, batch: Batch) -> Batch:
-        self._uploaded = Batch(
-            *(np.array(getattr(batch, name), np.int32) for name in _BATCH_ARRAYS),
-            batch.num_decodes, batch.max_query_len, batch.max_seq_len,
-        )  # fmt: skip
+        arrays = {name: value.copy() for name, value in vars(batch).items() if isinstance(value, np.ndarray)}
+        self._uploaded = replace(batch, **arrays)
         self._spans = {}
         return self._uploaded
 
     def close(self) -> None:
         self._uploaded, self._spans = None, {}
+        self._gathered = [np.empty(0, self.dtype), np.empty(0, self.dtype)]
 
     # -- the cache -----------------------------------------------------------------------------------------
 
@@ -155,7 +156,7 @@ class ReferenceBackend:
             if span.seq_len == 0:
                 out[span.first : span.last] = 0
                 continue
-            keys, values = span.gather(arena, layer, 0), span.gather(arena, layer, 1)
+            keys, values = (self._gather(span, arena, layer, part) for part in (0, 1))
             tile = max(1, TILE_SCORES // (num_heads * keys.shape[1]))
             for first in range(span.first, span.last, tile):
                 last = min(first + tile, span.last)
@@ -197,10 +198,22 @@ class ReferenceBackend:
             self._spans[window] = _spans(batch, layout, window)
         return self._spans[window]
 
-
-_BATCH_ARRAYS = (
-    "token_ids", "positions", "slot_mapping", "query_start_loc", "seq_lens", "block_tables", "logits_indices",
-)  # fmt: skip
+    def _gather(self, span: _Span, arena: KVArena, layer: int, part: int) -> np.ndarray:
+        """K (part 0) or V (part 1) of one sequence, [num_kv_heads, seq_len - first_key, head_dim], a head's tokens in
+        a run. Valid until the next call for this part."""
+        layout = arena.layout
+        shape = (layout.num_kv_heads, span.num_blocks, layout.block_size * layout.head_dim)
+        size = math.prod(shape)
+        if self._gathered[part].size < size:
+            self._gathered[part] = np.empty(size, layout.dtype)
+        gathered = self._gathered[part][:size].reshape(shape)
+        for slab, which, rows in span.pieces:
+            runs = arena.slabs[slab][layer, part].reshape(-1, shape[2])
+            if len(span.pieces) == 1:
+                runs.take(rows, axis=0, out=gathered, mode="clip")  # any other mode goes through a copy
+            else:
+                gathered[:, which] = runs.take(rows, axis=0)
+        return gathered.reshape(shape[0], -1, layout.head_dim)[:, : span.seq_len - span.first_key]
 
 
 @dataclass
@@ -213,19 +226,6 @@ class _Span:
     first_key: int  # position of the first key of its first block; with a window, blocks before it are not read
     num_blocks: int
     pieces: list[tuple[int, np.ndarray, np.ndarray]]  # slab, which of the blocks, their [num_kv_heads, blocks] rows
-
-    def gather(self, arena: KVArena, layer: int, part: int) -> np.ndarray:
-        """K (part 0) or V (part 1), [num_kv_heads, seq_len - first_key, head_dim]: a copy, a head's tokens in a run."""
-        layout = arena.layout
-        shape = (layout.num_kv_heads, self.num_blocks, layout.block_size * layout.head_dim)
-        runs = [arena.slabs[slab][layer, part].reshape(-1, shape[2]) for slab, _, _ in self.pieces]
-        if len(runs) == 1:
-            gathered = runs[0].take(self.pieces[0][2], axis=0)
-        else:
-            gathered = np.empty(shape, layout.dtype)
-            for run, (_, which, rows) in zip(runs, self.pieces, strict=True):
-                gathered[:, which] = run.take(rows, axis=0)
-        return gathered.reshape(shape[0], -1, layout.head_dim)[:, : self.seq_len - self.first_key]
 
 
 def _spans(batch: Batch, layout: KVLayout, window: int) -> list[_Span]:
