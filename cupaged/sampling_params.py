@@ -1,10 +1,11 @@
-"""What a request may ask of its sampling. Names, defaults and meanings are those of vLLM's SamplingParams."""
+"""What a request may ask of its sampling or of its beam search. Names, defaults and meanings are vLLM's, as far as it
+has them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
 
 from cupaged.arguments import is_finite_number, is_int, require
@@ -174,3 +175,71 @@ class SamplingParams:
     def num_logprobs(self) -> int | None:
         """How many alternatives' log probabilities are computed; 0: the drawn tokens' only; None: not even these."""
         return 0 if self.picks_best and self.logprobs is None else self.logprobs
+
+
+@dataclass(frozen=True)
+class BeamSearchParams:
+    """How one request's beam search goes. It has `beam_width` outputs, the best first.
+
+    The likeliest beam_width continuations of the prompt are followed; those that end are kept, with
+    score = cumulative_logprob / length ** length_penalty, where length counts the output's tokens, the one that
+    ended it included. An output ends with EOS, one of stop_token_ids, a stop string or max_tokens; it competes for a
+    place among those kept when it is one of the best beam_width continuations of its step.
+
+    beam_width: at least 1.
+    max_tokens, ignore_eos, include_stop_str_in_output, stop, stop_token_ids, logprobs, skip_special_tokens,
+        detokenize: as in SamplingParams. max_tokens None means up to the context's end.
+    temperature: only 0, since nothing is drawn: beams are ranked by the raw logits' log probabilities.
+    length_penalty: above 0 favours long outputs, below 0 short ones.
+    early_stopping: True ends the search when beam_width outputs are kept; False when, besides, no beam has a better
+        score as long as it is now; "never" when no beam can get a better score within max_tokens.
+    output_kind: while the search goes on, its outputs hold one completion: the tokens on which all beams agree.
+
+    Raises ValueError that names the argument when a value makes no sense.
+    """
+
+    beam_width: int
+    max_tokens: int | None
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False
+    _: KW_ONLY
+    early_stopping: bool | str = False
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+    detokenize: bool = True
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+
+    def __post_init__(self):
+        require(is_int(self.beam_width) and self.beam_width >= 1, "beam_width", self.beam_width, "an integer >= 1")
+        require(
+            is_finite_number(self.temperature) and self.temperature == 0,
+            "temperature", self.temperature, "0: beam search draws nothing",
+        )  # fmt: skip
+        require(is_finite_number(self.length_penalty), "length_penalty", self.length_penalty, "a finite number")
+        require(
+            isinstance(self.early_stopping, bool) or self.early_stopping == "never",
+            "early_stopping", self.early_stopping, 'True, False or "never"',
+        )  # fmt: skip
+        checked = self.for_each_beam()
+        object.__setattr__(self, "stop", checked.stop)
+        object.__setattr__(self, "stop_token_ids", checked.stop_token_ids)
+
+    def for_each_beam(self) -> SamplingParams:
+        """What holds for each beam as it does for a sampled output."""
+        return SamplingParams(
+            n=self.beam_width,
+            temperature=0,
+            max_tokens=self.max_tokens,
+            ignore_eos=self.ignore_eos,
+            stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
+            logprobs=self.logprobs,
+            skip_special_tokens=self.skip_special_tokens,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            detokenize=self.detokenize,
+            output_kind=self.output_kind,
+        )

@@ -150,6 +150,13 @@ class IncrementalDecoder:
         """What was held back: U+FFFD for an unfinished character, else nothing."""
         return self._utf8.decode(b"", final=True)
 
+    def copy(self) -> IncrementalDecoder:
+        """Another one that goes on from here."""
+        other = IncrementalDecoder(self._token_bytes, self._skipped_ids)
+        other._at_start = self._at_start
+        other._utf8.setstate(self._utf8.getstate())
+        return other
+
 
 class _TokenBytes(dict):
     """Token id -> the bytes that it adds to a text, filled as ids are met.

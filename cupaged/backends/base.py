@@ -17,6 +17,8 @@ from cupaged.memory.arena import KVArena
 
 Array = Any
 
+MAX_TOP_TOKENS = 128  # the largest k of Backend.logprobs: it takes time in proportion to k
+
 # One row's sampling parameters, uploaded as they are; sampler.cu has the same struct.
 SAMPLING_ROW = np.dtype(
     [
@@ -187,6 +189,6 @@ class Backend(Protocol):
     def logprobs(
         self, top_ids: Array, top_logprobs: Array, ranks: Array, logits: Array, token_ids: Array, vocab_size: int
     ) -> None:
-        """Log-softmax of the raw logits. top_ids, top_logprobs [m, 1 + k] int32 / float32: column 0 for token_ids[m],
-        columns 1..k the k most likely ids in order (the lowest id first on a tie); ranks [m] int32: 1 + how many
-        tokens are more likely than token_ids[m]. logits [m, >= vocab_size] float32."""
+        """Log-softmax of the raw logits. top_ids, top_logprobs [m, 1 + k] int32 / float32, k <= MAX_TOP_TOKENS: column
+        0 for token_ids[m], columns 1..k the k most likely ids in order (the lowest id first on a tie); ranks [m]
+        int32: 1 + how many tokens are more likely than token_ids[m]. logits [m, >= vocab_size] float32."""

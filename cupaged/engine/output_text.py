@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Protocol
 
 
@@ -11,6 +12,9 @@ class TextDecoder(Protocol):
 
     def flush(self) -> str:
         """What was held back, when no token follows."""
+
+    def copy(self) -> TextDecoder:
+        """Another one that goes on from here."""
 
 
 class OutputText:
@@ -34,6 +38,12 @@ class OutputText:
         self._min_tokens = min_tokens
         self._num_tokens = 0
         self._held = ""  # the longest end of what was decoded that may become a stop string
+
+    def copy(self) -> OutputText:
+        """Another one that goes on from here."""
+        other = copy(self)
+        other._decoder = self._decoder.copy()
+        return other
 
     def push(self, token_id: int) -> str | None:
         """Add a token; returns the stop string that it completes, if any, after which nothing may be added."""

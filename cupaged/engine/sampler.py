@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cupaged.backends.base import LOGIT_EDIT, SAMPLING_ROW, Array, Backend
+from cupaged.backends.base import LOGIT_EDIT, MAX_TOP_TOKENS, SAMPLING_ROW, Array, Backend
 from cupaged.engine.logit_edits import EditsOfRows
 from cupaged.engine.sequence import Sequence
-from cupaged.sampling_params import MAX_LOGPROBS
 
 # Of the copies of logits that are edited while the raw ones are kept: so many bytes at a time.
 COPY_BYTES = 16 << 20
@@ -35,7 +34,7 @@ class Sampler:
         self._host_rows = np.zeros(max_num_seqs, SAMPLING_ROW)  # by Sequence.row; counters are filled in each step
         self._row_owners: list[Sequence | None] = [None] * max_num_seqs
 
-        max_columns = 1 + MAX_LOGPROBS
+        max_columns = 1 + MAX_TOP_TOKENS
         self._rows = backend.empty((max_num_seqs,), SAMPLING_ROW)
         self._token_ids = backend.empty((max_num_seqs,), np.int32)
         self._top_ids = backend.empty((max_num_seqs * max_columns,), np.int32)

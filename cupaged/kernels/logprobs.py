@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from cupaged.backends.base import MAX_TOP_TOKENS
 from cupaged.kernels.checks import check, check_that
 from cupaged.kernels.compile import load_kernel
-from cupaged.sampling_params import MAX_LOGPROBS
 
 NUM_THREADS = 1024  # of the thread block that serves a row
 KERNEL = ("logprobs.cu", f"logprobs<{NUM_THREADS}>")
@@ -21,7 +21,7 @@ def instantiations() -> Iterator[tuple[str, str]]:
 
 def logprobs(top_ids, top_logprobs, ranks, logits, token_ids, vocab_size: int) -> None:
     """`Backend.logprobs`: top_ids, top_logprobs [m, 1 + k] int32 / float32 and ranks [m] int32, from logits
-    [m, >= vocab_size] float32 and token_ids [m] int32; k at most MAX_LOGPROBS."""
+    [m, >= vocab_size] float32 and token_ids [m] int32; k at most MAX_TOP_TOKENS."""
     num_rows, row_size = logits.shape
     check("logits", logits, (None, None), np.float32)
     check("token_ids", token_ids, (num_rows,), np.int32)
@@ -29,7 +29,7 @@ def logprobs(top_ids, top_logprobs, ranks, logits, token_ids, vocab_size: int) -
     check("top_ids", top_ids, (num_rows, None), np.int32)
     check("top_logprobs", top_logprobs, top_ids.shape, np.float32)
     k = top_ids.shape[1] - 1
-    check_that(0 <= k <= MAX_LOGPROBS, f"top_ids: expected 1 to {1 + MAX_LOGPROBS} columns; got {1 + k}")
+    check_that(0 <= k <= MAX_TOP_TOKENS, f"top_ids: expected 1 to {1 + MAX_TOP_TOKENS} columns; got {1 + k}")
     check_that(
         1 <= vocab_size <= row_size,
         f"vocab_size: expected 1 to {row_size} for logits {logits.shape}; got {vocab_size}",

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sampling_tools import random_logits
 
+from cupaged.backends.base import MAX_TOP_TOKENS
 from cupaged.kernels.logprobs import NUM_THREADS, logprobs
-from cupaged.sampling_params import MAX_LOGPROBS
 from kernel_tools import assert_close, poisoned
 
 INF, NAN = np.inf, np.nan
@@ -24,7 +24,7 @@ def run(runner, logits, token_ids, k: int, vocab_size: int | None = None):
     return [runner.host(out) for out in outs]
 
 
-@pytest.mark.parametrize("k", [0, 1, 5, MAX_LOGPROBS])
+@pytest.mark.parametrize("k", [0, 1, 5, 20, MAX_TOP_TOKENS])
 @pytest.mark.parametrize("vocab_size", [1, 31, 33, NUM_THREADS - 1, NUM_THREADS, 5000])
 def test_logprobs_are_log_softmax(runner, vocab_size, k):
     logits = np.stack([random_logits(seed, vocab_size + 2) for seed in range(3)])  # 2 of padding
@@ -87,7 +87,7 @@ def test_no_rows_launch_nothing(runner):
         ({"token_ids": np.zeros(1, np.int32)}, "token_ids"),
         ({"ranks": np.zeros((2, 1), np.int32)}, "ranks"),
         ({"top_ids": np.zeros((2, 0), np.int32), "top_logprobs": np.zeros((2, 0), np.float32)}, "top_ids"),
-        ({"top_ids": np.zeros((2, 22), np.int32), "top_logprobs": np.zeros((2, 22), np.float32)}, "top_ids"),
+        ({"top_ids": np.zeros((2, 130), np.int32), "top_logprobs": np.zeros((2, 130), np.float32)}, "top_ids"),
         ({"top_logprobs": np.zeros((2, 3), np.float32)}, "top_logprobs"),
         ({"vocab_size": 6}, "vocab_size"),
     ],
