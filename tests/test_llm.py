@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from cupaged import LLM, SamplingParams
 from cupaged.backends.cuda import Probe
-from cupaged.errors import CupagedError, DeviceError, ModelNotFoundError, OutOfMemoryError
+from cupaged.errors import CupagedError, DeviceError, ModelNotFoundError, OutOfMemoryError, QueueFullError
 from cupaged.sampling_params import RequestOutputKind
 
 GOLDEN = Path(__file__).parent / "model" / "golden"
@@ -312,3 +312,56 @@ def test_stats_lines(llm):
     text = "\n".join(llm.stats_lines())
     assert "KV cache: " in text
     assert "KV waste: " in text
+
+
+# -- sharing ------------------------------------------------------------------------------------------------
+
+
+def test_n_outputs_are_those_of_n_seeded_requests(llm):
+    params = SamplingParams(n=3, temperature=1.2, seed=5, max_tokens=8, ignore_eos=True)
+    [together] = llm.generate("several", params)
+    assert [completion.index for completion in together.outputs] == [0, 1, 2]
+    for i, completion in enumerate(together.outputs):
+        [alone] = llm.generate("several", replace(params, n=1, seed=5 + i))
+        assert completion.token_ids == alone.outputs[0].token_ids
+        assert completion.text == alone.outputs[0].text
+    streamed = [""] * 3
+    for output in llm.stream("several", replace(params, output_kind=RequestOutputKind.DELTA)):
+        for completion in output.outputs:
+            streamed[completion.index] += completion.text
+    assert streamed == [completion.text for completion in together.outputs]
+
+
+def test_prompts_that_begin_alike_are_computed_once(llm):
+    text = "a system prompt that all of them have in common: "
+    llm.reset_prefix_cache()
+    first, *others = llm.generate([text + end for end in "abc"], SHORT)
+    assert first.num_cached_tokens == 0
+    assert {output.num_cached_tokens for output in others} == {len(text) // 8 * 8}
+    assert "prefix cache: " in "\n".join(llm.stats_lines())
+    [salted] = llm.generate(text + "a", SHORT, cache_salt="salt")
+    assert salted.num_cached_tokens == 0
+    assert salted.outputs[0].token_ids == first.outputs[0].token_ids
+    llm.reset_prefix_cache()
+    assert llm.generate(text + "a", SHORT)[0].num_cached_tokens == 0
+
+
+def test_options_of_sharing_and_of_service(model_dir):
+    with LLM(
+        model_dir, device="cpu", block_size=8, enable_prefix_caching=False, scheduling_policy="priority",
+        max_num_seqs=1, max_queue_len=3, debug=True,
+    ) as llm:  # fmt: skip
+        text = "a prompt of many tokens"
+        assert [llm.generate(text, SHORT)[0].num_cached_tokens for _ in range(2)] == [0, 0]
+        outputs = llm.generate(["a", "b", "c"], SHORT, priority=[3, 1, 2])
+        ends = [output.metrics.finished_time for output in outputs]
+        assert sorted(range(3), key=ends.__getitem__) == [1, 2, 0]
+        with pytest.raises(QueueFullError, match="3 requests wait already"):
+            llm.generate(["a"] * 4, SHORT)
+        with pytest.raises(ValueError, match="priority: 1 of them for 2 prompts"):
+            llm.generate(["a", "b"], SHORT, priority=[1])
+        assert not llm.engine.has_unfinished_requests()
+    with pytest.raises(ValueError, match="scheduling_policy must be one of fcfs, priority; got 'lifo'"):
+        LLM(model_dir, device="cpu", scheduling_policy="lifo")
+    with pytest.raises(ValueError, match="max_queue_len must be an integer >= 1, or None; got 0"):
+        LLM(model_dir, device="cpu", max_queue_len=0)

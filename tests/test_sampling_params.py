@@ -10,6 +10,10 @@ from cupaged.sampling_params import MAX_LOGPROBS, SamplingParams
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("n", 0),
+        ("n", 1.0),
+        ("best_of", 0),
+        ("best_of", "2"),
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
@@ -129,3 +133,14 @@ def test_greedy(fields, greedy):
 def test_engine_options_that_make_no_sense_are_named(name, value):
     with pytest.raises(ValueError, match=f"^{name} must be .*; got "):
         EngineConfig(**{name: value})
+
+
+def test_best_of_draws_at_least_n():
+    assert (SamplingParams(n=3).num_sequences, SamplingParams(n=3).picks_best) == (3, False)
+    assert (SamplingParams(n=2, best_of=5).num_sequences, SamplingParams(n=2, best_of=5).picks_best) == (5, True)
+    assert not SamplingParams(n=2, best_of=2).picks_best
+    assert SamplingParams(n=2, best_of=5).num_logprobs == 0
+    assert SamplingParams(n=2, best_of=5, logprobs=3).num_logprobs == 3
+    assert SamplingParams(n=2).num_logprobs is None
+    with pytest.raises(ValueError, match="best_of must be an integer >= n=3, or None; got 2"):
+        SamplingParams(n=3, best_of=2)
