@@ -260,3 +260,17 @@ def test_class_15_everybody_is_served_in_the_order_of_arrival():
             break
     assert sorted(finished) == list(range(200))
     assert all(abs(place - number) <= 2 for place, number in enumerate(finished))
+
+
+def test_a_copy_whose_sequence_is_preempted_in_the_same_step_is_not_made():
+    s = make_scheduler(num_blocks=4)
+    add(s, "a", 5)
+    s.add(Request("group", None, [7] * 3, SamplingParams(n=3), seed=0, arrival_time=0.0))
+    assert step(s) == [("a", 5), ("group", 3)]
+    assert s.blocks.pool.num_free_blocks == 1
+    schedule = s.schedule()  # one copy finds a block, the second does not
+    assert [seq.request.request_id for seq in schedule.sequences] == ["a"]
+    assert schedule.copies == []
+    assert s.blocks.num_copies == 0
+    assert s.num_preemptions == 1
+    assert s.blocks.pool.num_free_blocks == 2
