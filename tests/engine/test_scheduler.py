@@ -268,6 +268,7 @@ def test_a_copy_whose_sequence_is_preempted_in_the_same_step_is_not_made():
     s.add(Request("group", None, [7] * 3, SamplingParams(n=3), seed=0, arrival_time=0.0))
     assert step(s) == [("a", 5), ("group", 3)]
     assert s.blocks.pool.num_free_blocks == 1
+    s.watermark = 1  # or the group would come back at once
     schedule = s.schedule()  # one copy finds a block, the second does not
     assert [seq.request.request_id for seq in schedule.sequences] == ["a"]
     assert schedule.copies == []

@@ -1,4 +1,4 @@
-"""Random walks over the engine: add, fork, write to shared blocks, hit, evict, preempt, resume, abort all or a part,
+"""Random walks over the engine: add, fork, write to shared blocks, hit, evict, preempt both ways, resume, abort all or a part,
 fail in the middle, run out of memory; every invariant after every step.
 
 CUPAGED_WALKS sets the number of walks, for a longer run.
@@ -7,7 +7,7 @@ CUPAGED_WALKS sets the number of walks, for a longer run.
 import os
 import random
 
-from fake_model import VOCAB_SIZE, audit, expected_output, make_engine
+from fake_model import VOCAB_SIZE, audit, expected_output, make_engine, preempt
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
@@ -27,9 +27,11 @@ class EngineWalk(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         max_num_batched_tokens=st.integers(1, 40),
         preallocate=st.booleans(),
-        enable_prefix_caching=st.booleans(),
+        enable_prefix_caching=st.sampled_from([True, True, False]),
         scheduling_policy=st.sampled_from(["fcfs", "priority"]),
-        hash_bytes=st.sampled_from([None, 0, 1]),
+        hash_bytes=st.sampled_from([None, None, None, 0, 1]),
+        preemption_mode=st.sampled_from(["recompute", "swap"]),
+        swap_space_bytes=st.sampled_from([1, 3, 20]).map(lambda num_blocks: num_blocks * 128),
     )
     def start(self, hash_bytes, **config):
         self.engine = make_engine(**config)
@@ -46,7 +48,7 @@ class EngineWalk(RuleBasedStateMachine):
         target=requests,
         length=st.integers(1, 40),
         text=st.integers(0, 2),
-        turn=st.sampled_from([0, 8, 16, 19, 40]),
+        turn=st.sampled_from([0, 0, 16, 19, 40]),
         n=st.sampled_from([1, 1, 2, 3, 4]),
         max_tokens=st.integers(1, 30),
         seed=st.none() | st.integers(0, 3),
@@ -114,7 +116,7 @@ class EngineWalk(RuleBasedStateMachine):
     def preempt(self, data):
         running = self.engine.scheduler.running
         # Any of those in the last place; an older one too where order is by priority only.
-        self.engine.scheduler.preempt(running[data.draw(st.integers(0, len(running) - 1)) if self.by_priority else -1])
+        preempt(self.engine, running[data.draw(st.integers(0, len(running) - 1)) if self.by_priority else -1])
 
     @rule()
     def reset_prefix_cache(self):
@@ -137,6 +139,8 @@ class EngineWalk(RuleBasedStateMachine):
     def change_memory(self, short):
         self.engine.backend.out_of_memory = short
         self.engine.arena._retry_time = 0.0
+        if self.engine.swap is not None:
+            self.engine.swap_arena._retry_time = 0.0
         self.memory_was_short |= short
 
     @invariant()
@@ -181,6 +185,7 @@ class EngineWalk(RuleBasedStateMachine):
             audit(self.engine)
         assert not self.asked
         assert self.engine.stats().num_used_blocks == 0
+        assert self.engine.stats().num_swapped_blocks == 0
 
 
 EngineWalk.TestCase.settings = settings(max_examples=NUM_WALKS, stateful_step_count=40, deadline=None)
