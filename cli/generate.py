@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cupaged.cli.options import model_options
+from cupaged.cli.options import Size, model_options
 
 if TYPE_CHECKING:
     from cupaged.llm import LLM
@@ -49,6 +49,14 @@ HEADER_WIDTH = 60
     show_default=True,
     help="Compute once what prompts begin with in common.",
 )
+@click.option(
+    "--preemption-mode",
+    type=click.Choice(["auto", "recompute", "swap"]),
+    default="auto",
+    show_default=True,
+    help="What becomes of a prompt's KV cache when others need its memory.",
+)
+@click.option("--swap-space", type=Size(), help="Most host memory that swapping may take.  [default: 4GiB on a GPU]")
 @model_options
 def generate(
     prompt,
@@ -69,6 +77,8 @@ def generate(
     offline,
     max_num_seqs,
     enable_prefix_caching,
+    preemption_mode,
+    swap_space,
     **sampling,
 ) -> None:
     """Continue each PROMPT; several run as one batch. Without any, the prompt is read from standard input."""
@@ -87,6 +97,8 @@ def generate(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         enable_prefix_caching=enable_prefix_caching,
+        preemption_mode=preemption_mode,
+        swap_space_bytes=swap_space,
         block_size=block_size,
         kv_cache_memory_bytes=kv_cache_memory,
         gpu_memory_utilization=gpu_memory_utilization,

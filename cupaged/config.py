@@ -12,6 +12,7 @@ BLOCK_SIZES = (8, 16, 32, 64)  # tokens a block; what the kernels are instantiat
 DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 SCHEDULING_POLICIES = ("fcfs", "priority")
+PREEMPTION_MODES = ("auto", "recompute", "swap")
 HEAD_DIMS = (64, 80, 96, 128, 256)
 
 
@@ -90,6 +91,10 @@ class EngineConfig:
         that begin with the same tokens.
     scheduling_policy: "fcfs" serves in the order of arrival; "priority" serves lower values of a request's priority
         first, in the order of arrival among equals, and takes the memory of requests that come after.
+    preemption_mode: when memory lacks, a request's KV cache is given up and computed again later ("recompute"), or kept
+        in the host's memory ("swap", as long as there is room); "auto" takes what has cost less time so far.
+    swap_space_bytes: host memory that swapping may take, page-locked and taken as needed. None means 4 GiB where that
+        makes sense: on a GPU, or with preemption_mode "swap". 0 means none.
     max_queue_len: the most requests that may wait; more are refused with QueueFullError. None sets no limit.
     debug: check the engine's books after every step, and fill freed blocks with NaN; slow.
     """
@@ -105,6 +110,8 @@ class EngineConfig:
     preallocate: bool = False
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"  # of SCHEDULING_POLICIES
+    preemption_mode: str = "auto"  # of PREEMPTION_MODES
+    swap_space_bytes: int | None = None
     max_queue_len: int | None = None
     debug: bool = False
     seed: int | None = None  # seeds the requests that bring none; None: from the operating system
@@ -115,6 +122,7 @@ class EngineConfig:
             "dtype": DTYPES,
             "block_size": BLOCK_SIZES,
             "scheduling_policy": SCHEDULING_POLICIES,
+            "preemption_mode": PREEMPTION_MODES,
         }
         for name, values in choices.items():
             value = getattr(self, name)
@@ -127,6 +135,10 @@ class EngineConfig:
         require(
             cache is None or (is_int(cache) and cache >= 1), "kv_cache_memory_bytes", cache, "an integer >= 1, or None"
         )
+        swap = self.swap_space_bytes
+        require(swap is None or (is_int(swap) and swap >= 0), "swap_space_bytes", swap, "an integer >= 0, or None")
+        if self.preemption_mode == "swap" and swap == 0:
+            raise ValueError("swap_space_bytes must be more than 0 for preemption_mode 'swap'; got 0")
         queue = self.max_queue_len
         require(queue is None or (is_int(queue) and queue >= 1), "max_queue_len", queue, "an integer >= 1, or None")
         share = self.gpu_memory_utilization

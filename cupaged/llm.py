@@ -62,6 +62,8 @@ class LLM:
         preallocate: bool = False,
         enable_prefix_caching: bool = True,
         scheduling_policy: str = EngineConfig.scheduling_policy,
+        preemption_mode: str = EngineConfig.preemption_mode,
+        swap_space_bytes: int | None = None,
         max_queue_len: int | None = None,
         debug: bool = False,
         seed: int | None = None,
@@ -80,6 +82,8 @@ class LLM:
             preallocate=preallocate,
             enable_prefix_caching=enable_prefix_caching,
             scheduling_policy=scheduling_policy,
+            preemption_mode=preemption_mode,
+            swap_space_bytes=swap_space_bytes,
             max_queue_len=max_queue_len,
             debug=debug,
             seed=seed,
@@ -214,7 +218,15 @@ class LLM:
         if stats.mean_sharing:
             lines.append(f"sharing: {stats.mean_sharing:.1%} of the blocks saved, {stats.num_copies} copied on write")
         if stats.num_preemptions:
-            lines.append(f"preemptions: {stats.num_preemptions}")
+            line = f"preemptions: {stats.num_preemptions}"
+            if stats.num_tokens_lost:
+                line += f", {stats.num_tokens_lost} tokens to be computed again"
+            if stats.num_swaps:
+                line += (
+                    f", {stats.num_swaps} of them by swapping: {format_bytes(stats.swapped_bytes)} copied "
+                    f"in {stats.swap_seconds:.3f} s"
+                )
+            lines.append(line)
         return lines
 
     def close(self) -> None:

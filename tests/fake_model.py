@@ -79,12 +79,14 @@ class FakeBackend:
     def to_host(self, src):
         return src.copy()
 
+    def empty_host(self, shape, dtype):
+        return self.empty(shape, dtype)
+
     def copy_blocks(self, dst, src, pairs):
-        assert dst is src
         assert pairs.dtype == np.int32
         destinations, sources = set(pairs[:, 1].tolist()), set(pairs[:, 0].tolist())
         assert len(destinations) == len(pairs)
-        assert not destinations & sources
+        assert dst is not src or not destinations & sources
         for source, destination in pairs.tolist():
             slab, index = divmod(source, src.layout.blocks_per_slab)
             block = src.slabs[slab][:, :, index]
@@ -105,6 +107,7 @@ class FakeBackend:
 
     keep_allowed = staticmethod(sampling_reference.keep_allowed)
     edit_logits = staticmethod(sampling_reference.edit_logits)
+    logprobs = staticmethod(sampling_reference.logprobs)
 
     def sample(self, token_ids, logits, rows, vocab_size):
         for i, (row, params) in enumerate(zip(logits[:, :vocab_size], rows, strict=True)):
@@ -114,13 +117,6 @@ class FakeBackend:
                 token_ids[i] = row.argmax()
             else:
                 token_ids[i] = drawn_token(int(row.argmax()), int(params["seed"]), int(params["counter"]))
-
-    def logprobs(self, top_ids, top_logprobs, ranks, logits, token_ids, vocab_size):
-        logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        order = np.argsort(-logits, axis=1, kind="stable")
-        top_ids[:, 0], top_ids[:, 1:] = token_ids, order[:, : top_ids.shape[1] - 1]
-        top_logprobs[:] = np.take_along_axis(logprobs, top_ids, axis=1)
-        ranks[:] = 1 + (logprobs > top_logprobs[:, :1]).sum(axis=1)
 
 
 class FakeDecoder:
@@ -159,10 +155,30 @@ class FakeDecoder:
             slabs, indices, offsets = locate(slots, arena)
             token_ids, written_positions = memory[slabs, 0, :, indices, 0, offsets, 0].T
             assert (written_positions == positions).all()
-            row[most_likely_token(token_ids)] = 1.0
+            row[:] = self.logits_after(token_ids)
             if token_ids[-1] == self.nan_after:
                 row[:] = np.nan
         return logits
+
+    def logits_after(self, token_ids) -> np.ndarray:
+        """[VOCAB_SIZE] float32."""
+        return np.eye(VOCAB_SIZE, dtype=np.float32)[most_likely_token(token_ids)]
+
+
+class SpreadDecoder(FakeDecoder):
+    """As FakeDecoder, but all tokens have logits of their own, so that there is something to search. EOS is likely."""
+
+    def logits_after(self, token_ids):
+        return spread_logits(token_ids)
+
+
+def spread_logits(token_ids) -> np.ndarray:
+    """[VOCAB_SIZE] float32, a hash of all tokens."""
+    token_ids = np.asarray(token_ids)
+    assert np.isfinite(token_ids).all()
+    logits = np.random.default_rng(token_ids.astype(np.int32)).normal(0, 2, VOCAB_SIZE)
+    logits[EOS] += 3
+    return logits.astype(np.float32)
 
 
 def locate(slots, arena):
@@ -236,6 +252,14 @@ def audit(engine):
             assert tokens_at(slots, engine.arena).tolist() == seq.token_ids[: seq.num_cached_tokens]
     for request in scheduler.waiting:
         assert not any(seq.block_table for seq in request.sequences)
+        for seq in request.active:
+            slots = np.array(seq.swapped_table, int)[np.arange(seq.num_cached_tokens) // block_size] * block_size
+            slots += np.arange(seq.num_cached_tokens) % block_size
+            assert tokens_at(slots, engine.swap_arena).tolist() == seq.token_ids[: seq.num_cached_tokens]
+    if engine.swap is not None:
+        swapped = {b for request in scheduler.waiting for seq in request.active for b in seq.swapped_table}
+        assert engine.swap.pool.num_blocks - engine.swap.pool.num_free_blocks == len(swapped)
+        engine.swap_arena.poison(engine.swap.pool.unused_blocks())
     assert {b: pool.ref_count(b) for b in references} == references
     assert pool.num_free_blocks == sum(count == 0 for count in references.values())
 
@@ -247,6 +271,13 @@ def audit(engine):
         elif references[block_id] == 0:
             slab, index = divmod(block_id, engine.arena.layout.blocks_per_slab)
             engine.arena.slabs[slab][:, :, index] = np.nan
+
+
+def preempt(engine, request):
+    """As a step would do it that lacks blocks; what is swapped is copied at once."""
+    engine.scheduler.preempt(request)
+    if engine.swap is not None and (outs := engine.swap.take_outs()):
+        engine._swap(engine.swap_arena, engine.arena, outs)
 
 
 def tokens_at(slots, arena):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from cupaged.engine.block_pool import BlockPool
 from cupaged.engine.prefix import PrefixBlock
 from cupaged.engine.sequence import Sequence, SequenceState
 
 if TYPE_CHECKING:
     from cupaged.engine.engine import Engine
+    from cupaged.memory.arena import KVArena
 
 
 def audit(engine: Engine) -> list[str]:
@@ -19,8 +21,8 @@ def audit(engine: Engine) -> list[str]:
     waiting = [seq for request in scheduler.waiting for seq in request.unfinished]
     return [
         *_audit_sequences(engine, running, waiting),
-        *_audit_references(engine, running),
-        *_audit_free_queues(engine),
+        *_audit_pool(engine.pool, engine.arena, [seq.block_table for seq in running]),
+        *_audit_swap_space(engine, waiting),
         *_audit_contents(engine),
         *(problem for seq in running for problem in _audit_prefix(engine, seq)),
     ]
@@ -50,14 +52,33 @@ def _audit_sequences(engine: Engine, running: list[Sequence], waiting: list[Sequ
             yield f"{name} has no token left to compute"
         if seq not in request.active and (seq.block_table or not request.is_forking):
             yield f"{name} doesn't take part in its request"
+        if seq.swapped_table:
+            yield f"{name} runs, but holds blocks {seq.swapped_table} of the swap space"
     for seq in waiting:
-        if seq.state is not SequenceState.WAITING or seq.block_table or seq.num_cached_tokens or seq.row != -1:
-            yield f"{_name(seq)} waits, but is {seq.state.value} and holds blocks {seq.block_table} or row {seq.row}"
+        name, request = _name(seq), seq.request
+        if seq.block_table or seq.row != -1:
+            yield f"{name} waits, but holds blocks {seq.block_table} or row {seq.row}"
+        expected = SequenceState.SWAPPED if request.is_swapped else SequenceState.WAITING
+        if seq.state is not expected:
+            yield f"{name} is {seq.state.value}, but its request is {expected.value}"
+        if seq.num_cached_tokens and not (request.is_swapped and seq in request.active):
+            yield f"{name} waits for all to be computed, but has {seq.num_cached_tokens} tokens"
+        if len(seq.swapped_table) != -(-seq.num_cached_tokens // block_size):
+            yield f"{name} has {seq.num_cached_tokens} tokens in {len(seq.swapped_table)} blocks of the swap space"
 
 
-def _audit_references(engine: Engine, running: list[Sequence]):
-    pool = engine.pool
-    held = Counter(block_id for seq in running for block_id in seq.block_table)
+def _audit_swap_space(engine: Engine, waiting: list[Sequence]):
+    if engine.swap is None:
+        return
+    for problem in _audit_pool(engine.swap.pool, engine.swap_arena, [seq.swapped_table for seq in waiting]):
+        yield f"swap space: {problem}"
+    if engine.swap._ins:
+        yield f"swap space: {engine.swap._ins} were not copied into the cache"
+
+
+def _audit_pool(pool: BlockPool, arena: KVArena, tables: list[list[int]]):
+    """Are the blocks of a pool held as often as it says, or in the right queue?"""
+    held = Counter(block_id for table in tables for block_id in table)
     for block_id in range(pool.num_blocks):
         if pool.ref_count(block_id) != held[block_id]:
             yield f"block {block_id} has {pool.ref_count(block_id)} references, but {held[block_id]} tables hold it"
@@ -65,12 +86,8 @@ def _audit_references(engine: Engine, running: list[Sequence]):
         yield f"tables hold blocks {unknown}, which don't exist"
     if pool.num_references != held.total():
         yield f"the pool counts {pool.num_references} references, but tables hold {held.total()}"
-    if pool.num_blocks != engine.arena.num_blocks:
-        yield f"the pool has {pool.num_blocks} blocks, the arena {engine.arena.num_blocks}"
-
-
-def _audit_free_queues(engine: Engine):
-    pool = engine.pool
+    if pool.num_blocks != arena.num_blocks:
+        yield f"the pool has {pool.num_blocks} blocks, the arena {arena.num_blocks}"
     unused, cached = pool.unused_blocks(), pool.cached_blocks()
     if pool.num_free_blocks != len(unused) + len(cached) or pool.num_cached_blocks != len(cached):
         yield f"{pool.num_free_blocks} blocks should be free, but the queues hold {len(unused)} and {len(cached)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,8 @@ from cupaged.engine.sampler import Logprobs, Sampler
 from cupaged.engine.scheduler import Schedule
 from cupaged.engine.sequence import Sequence
 from cupaged.memory.arena import KVArena
+
+MIN_PAIRS = 1024  # block copies that one launch can do; many more are rare, and take several
 
 
 @dataclass
@@ -37,15 +40,12 @@ class Runner:
         self._batches = BatchBuilder(
             max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=arena.layout.block_size
         )
-        self._copies = backend.empty((max_num_seqs, 2), np.int32)  # a sequence copies one block a step at most
+        self._pairs = backend.empty((max(max_num_seqs, MIN_PAIRS), 2), np.int32)
         self._sampler = Sampler(backend, vocab_size=vocab_size, max_num_seqs=max_num_seqs)
 
     def run(self, schedule: Schedule) -> StepResult:
         """Copy the blocks that are no longer shared, compute the scheduled tokens, and draw those that follow."""
-        if schedule.copies:
-            pairs = self._copies[: len(schedule.copies)]
-            self.backend.copy_in(pairs, np.array(schedule.copies, np.int32))
-            self.backend.copy_blocks(self.arena, self.arena, pairs)
+        self._copy_blocks(self.arena, self.arena, schedule.copies)
         sampled = sorted(schedule.sampled, key=lambda pair: Sampler.sort_key(pair[1]))
         sequences = [seq for _, seq in sampled]
         batch = self.backend.upload_batch(self._batches.build(schedule, [i for i, _ in sampled]))
@@ -53,3 +53,17 @@ class Runner:
         if not sequences:
             return StepResult([], [])
         return StepResult(sequences, *self._sampler.draw(logits, sequences))
+
+    def swap(self, dst: KVArena, src: KVArena, pairs: list[tuple[int, int]]) -> float:
+        """Copy blocks of `src` to `dst`, one of which lies in the host's memory; returns the seconds that it took."""
+        start = time.perf_counter()
+        self._copy_blocks(dst, src, pairs)
+        self.backend.to_host(self._pairs[:1])  # waits
+        return time.perf_counter() - start
+
+    def _copy_blocks(self, dst: KVArena, src: KVArena, pairs: list[tuple[int, int]]) -> None:
+        for start in range(0, len(pairs), len(self._pairs)):
+            part = np.array(pairs[start : start + len(self._pairs)], np.int32)
+            on_device = self._pairs[: len(part)]
+            self.backend.copy_in(on_device, part)
+            self.backend.copy_blocks(dst, src, on_device)

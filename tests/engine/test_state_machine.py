@@ -1,5 +1,5 @@
-"""Random walks over the engine: add, fork, write to shared blocks, hit, evict, preempt both ways, resume, abort all or a part,
-fail in the middle, run out of memory; every invariant after every step.
+"""Random walks over the engine: add, fork, write to shared blocks, hit, evict, preempt both ways, resume, abort all or
+a part, fail in the middle, run out of memory; every invariant after every step.
 
 CUPAGED_WALKS sets the number of walks, for a longer run.
 """
@@ -112,11 +112,9 @@ class EngineWalk(RuleBasedStateMachine):
         self.engine.runner.decoder.during_forward = None
 
     @precondition(lambda self: self.engine.scheduler.running)
-    @rule(data=st.data())
-    def preempt(self, data):
-        running = self.engine.scheduler.running
-        # Any of those in the last place; an older one too where order is by priority only.
-        preempt(self.engine, running[data.draw(st.integers(0, len(running) - 1)) if self.by_priority else -1])
+    @rule()
+    def preempt(self):
+        preempt(self.engine, self.engine.scheduler.running[-1])
 
     @rule()
     def reset_prefix_cache(self):
