@@ -96,10 +96,17 @@ class BlockManager:
         return True
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """`child`, which holds nothing, gets all that `parent` has computed. Its tokens begin with those."""
-        num_blocks = -(-parent.num_cached_tokens // self.block_size)
-        child.block_table = parent.block_table[:num_blocks]
-        self.pool.share(child.block_table)
+        """`child` gives up what it holds for all that `parent` has computed. Its tokens begin with those.
+
+        Only the blocks in which the two differ are touched. parent's table stays as it is.
+        """
+        old, new = child.block_table, parent.block_table[: -(-parent.num_cached_tokens // self.block_size)]
+        num_common, end = 0, min(len(old), len(new))
+        while num_common < end and old[num_common] == new[num_common]:
+            num_common += 1
+        self.pool.share(new[num_common:])
+        self.pool.free(reversed(old[num_common:]))
+        child.block_table = new
         child.num_cached_tokens = parent.num_cached_tokens
         child.prefix = parent.prefix[: parent.num_cached_tokens // self.block_size]
         child.num_registered_blocks, child.link = parent.num_registered_blocks, parent.link
@@ -162,8 +169,9 @@ class BlockManager:
         self.pool.free_all()
 
     def _register(self, seq: Sequence, end: int) -> None:
-        if self.hasher is not None and seq.link is not None:
-            self.hasher.extend(seq.prefix, seq.token_ids, seq.request.prefix_key)
-            for i in range(seq.num_registered_blocks, end):
-                seq.link = self.pool.register(seq.block_table[i], seq.prefix[i], seq.link)
+        if self.hasher is None or seq.link is None:
+            return
+        self.hasher.extend(seq.prefix, seq.token_ids, seq.request.prefix_key)
+        for i in range(seq.num_registered_blocks, end):
+            seq.link = self.pool.register(seq.block_table[i], seq.prefix[i], seq.link)
         seq.num_registered_blocks = end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -11,30 +12,24 @@ from dataclasses import dataclass
 from operator import index
 
 from cupaged.arguments import is_int, require
-from cupaged.backends.base import Backend
+from cupaged.backends.base import MAX_TOP_TOKENS, Backend
 from cupaged.config import EngineConfig, ModelConfig
 from cupaged.engine.audit import audit
+from cupaged.engine.beam_search import BeamSearch, Continuation
 from cupaged.engine.block_manager import BlockManager
 from cupaged.engine.block_pool import BlockPool
 from cupaged.engine.logit_edits import LogitRules
 from cupaged.engine.output_text import OutputText
 from cupaged.engine.prefix import PrefixHasher, PrefixKey
-from cupaged.engine.runner import Runner
+from cupaged.engine.runner import Runner, StepResult
 from cupaged.engine.sampler import Logprobs
 from cupaged.engine.scheduler import Schedule, Scheduler
 from cupaged.engine.sequence import Request, Sequence, SequenceState
-from cupaged.engine.swap import SwapSpace
 from cupaged.errors import OutOfMemoryError, QueueFullError
 from cupaged.memory.arena import KVArena, KVLayout
-from cupaged.memory.budget import (
-    fit_max_model_len,
-    format_bytes,
-    kv_cache_bytes,
-    num_kv_blocks,
-    swap_space_bytes,
-)
+from cupaged.memory.budget import fit_max_model_len, format_bytes, kv_cache_bytes, num_kv_blocks
 from cupaged.outputs import CompletionOutput, Logprob, RequestOutput
-from cupaged.sampling_params import RequestOutputKind, SamplingParams
+from cupaged.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -62,12 +57,6 @@ class EngineStats:
     num_copies: int  # blocks copied because one of several holders wrote into them
     num_evictions: int  # blocks whose findable content had to go
     num_preemptions: int
-    num_swaps: int  # of the preemptions: what the request had computed was swapped
-    num_tokens_lost: int  # by the other preemptions: computed tokens that have to be computed again
-    num_swapped_blocks: int  # in the swap space now
-    swap_space_bytes: int  # of its slabs
-    swapped_bytes: int  # copied into and out of the swap space
-    swap_seconds: float  # that this took
     mean_queue_time: float  # seconds from a request's arrival to its first step; each one's is in its metrics
 
 
@@ -92,18 +81,11 @@ class Engine:
         self.pool.add_blocks(self._first_blocks())
         self.hasher = PrefixHasher(config.block_size) if config.enable_prefix_caching else None
         self.blocks = BlockManager(self.pool, config.block_size, self.hasher)
-        self.swap_arena, self.swap = None, None
-        if num_bytes := swap_space_bytes(config, backend):
-            self.swap_arena = self._make_swap_arena(num_bytes)
-            swap_pool = BlockPool(self.swap_arena.grow)
-            self.swap = SwapSpace(self.blocks, swap_pool, self.arena.layout.bytes_per_block)
         self.scheduler = Scheduler(
             self.blocks,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             by_priority=config.scheduling_policy == "priority",
-            swap=self.swap,
-            always_swap=config.preemption_mode == "swap",
         )
         self.runner = Runner(
             backend,
@@ -128,7 +110,6 @@ class Engine:
         self._used_blocks = self._references = 0  # summed over steps
         self._peak_used_blocks = 0
         self._num_begun, self._queue_time = 0, 0.0
-        self._swapped_bytes, self._swap_seconds = 0, 0.0
         if config.debug:
             self.pool.handed_out = []
             self.arena.poison(self.pool.unused_blocks())
@@ -137,13 +118,15 @@ class Engine:
         self,
         request_id: str,
         prompt: str | Iterable[int],
-        params: SamplingParams | None = None,
+        params: SamplingParams | BeamSearchParams | None = None,
         *,
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> None:
         """Queue a request.
 
+        params: BeamSearchParams ask for a beam search; its outputs come at its end, the best first. Before that there
+        is an output whenever all beams agree on another token, if params.output_kind wants it.
         priority: with scheduling_policy "priority", lower values are served first. cache_salt: it shares cached
         prefixes only with requests of the same salt, so that their times tell strangers nothing about its prompt.
 
@@ -156,7 +139,14 @@ class Engine:
         token_ids = self.encode(prompt)
         if params.stop and self.tokenizer is None:
             raise ValueError("stop: strings need a tokenizer; this engine has none")
-        max_len = self._max_len(token_ids, params)
+        beam_params = params if isinstance(params, BeamSearchParams) else None
+        if beam_params is not None:
+            params = beam_params.for_each_beam()
+        name = "beam_width" if beam_params is not None else "best_of" if params.picks_best else "n"
+        max_len = self._max_len(token_ids, params, name)
+        search = None
+        if beam_params is not None:
+            search = self._new_search(beam_params, max_num_tokens=max_len - len(token_ids))
         logit_rules = None
         if LogitRules.asked_by(params):
             logit_rules = LogitRules(
@@ -186,18 +176,35 @@ class Engine:
                 priority=priority,
                 prefix_key=PrefixKey(self._model_key, salt=cache_salt),
                 max_len=max_len,
+                search=search,
             )
-            if params.detokenize and self.tokenizer is not None:
+            if search is not None:
+                search.settled = Sequence(request, 0)
+                search.settled.output_text = self._new_text(params)
+            if search is None or params.stop:
                 for seq in request.sequences:
-                    seq.output_text = OutputText(
-                        self.tokenizer.decoder(params.skip_special_tokens),
-                        params.stop,
-                        params.include_stop_str_in_output,
-                        params.min_tokens,
-                    )
+                    seq.output_text = self._new_text(params)
             with self._changing_books():
                 self.scheduler.add(request)
                 self._requests[request_id] = request
+
+    def _new_search(self, params: BeamSearchParams, max_num_tokens: int) -> BeamSearch:
+        vocab_size = self.runner.vocab_size
+        search = BeamSearch(
+            params, eos_token_ids=self.model.eos_token_ids, vocab_size=vocab_size, max_num_tokens=max_num_tokens
+        )
+        if search.num_candidates > MAX_TOP_TOKENS:
+            raise ValueError(
+                f"beam_width={params.beam_width} needs the {search.num_candidates} likeliest tokens after each beam "
+                f"(stop tokens and stop strings count), which is over {MAX_TOP_TOKENS}: lower it"
+            )
+        return search
+
+    def _new_text(self, params: SamplingParams) -> OutputText | None:
+        if not params.detokenize or self.tokenizer is None:
+            return None
+        decoder = self.tokenizer.decoder(params.skip_special_tokens)
+        return OutputText(decoder, params.stop, params.include_stop_str_in_output, params.min_tokens)
 
     def encode(self, prompt: str | Iterable[int]) -> list[int]:
         """The token ids of a prompt. Raises ValueError, naming what is wrong, for one that can't be run."""
@@ -254,10 +261,14 @@ class Engine:
     def abort(self, request_id: str, index: int | None = None) -> RequestOutput | None:
         """End a request, or the output `index` of its outputs; returns what it has got so far.
 
+        A beam search has no such outputs before its end, so index must be None for one (ValueError).
         None, and no harm done, when that has finished already. None too when this is called from within a step, by
         something that the step calls: the request then ends with the step, which returns its last output.
         """
         with self._lock:
+            request = self._requests.get(request_id)
+            if index is not None and request is not None and request.search is not None:
+                raise ValueError(f"index: request {request_id!r} is a beam search, which ends as a whole; leave it out")
             if self._stepping.locked():
                 self._to_abort.append((request_id, index))
                 return None
@@ -269,8 +280,7 @@ class Engine:
         """Forget all cached prefixes, what running requests have computed included."""
         with self._lock:
             self._mend()
-            requests = [*self.scheduler.running, *self.scheduler.waiting]
-            self.blocks.reset_prefix_cache([seq for request in requests for seq in request.active])
+            self.blocks.reset_prefix_cache([seq for request in self.scheduler.running for seq in request.unfinished])
 
     def audit(self) -> list[str]:
         """What is wrong with the books, a line each; none if all is well."""
@@ -294,7 +304,7 @@ class Engine:
             num_cached_blocks=self.pool.num_cached_blocks,
             peak_used_blocks=self._peak_used_blocks,
             num_slabs=len(self.arena.slabs),
-            kv_cache_bytes=self.arena.num_bytes,
+            kv_cache_bytes=len(self.arena.slabs) * self.arena.layout.bytes_per_slab,
             num_unfilled_slots=self._num_unfilled_slots(),
             mean_waste=self._unfilled_slots / self._used_slots if self._used_slots else 0.0,
             num_blocks_saved=self.pool.num_references - num_used,
@@ -306,12 +316,6 @@ class Engine:
             num_copies=self.blocks.num_copies,
             num_evictions=self.pool.num_evictions,
             num_preemptions=self.scheduler.num_preemptions,
-            num_swaps=self.scheduler.num_swaps,
-            num_tokens_lost=self.scheduler.num_tokens_lost,
-            num_swapped_blocks=self.swap.pool.num_blocks - self.swap.pool.num_free_blocks if self.swap else 0,
-            swap_space_bytes=self.swap_arena.num_bytes if self.swap else 0,
-            swapped_bytes=self._swapped_bytes,
-            swap_seconds=self._swap_seconds,
             mean_queue_time=self._queue_time / self._num_begun if self._num_begun else 0.0,
         )
 
@@ -322,35 +326,24 @@ class Engine:
         self.reset_prefix_cache()
         self.runner = None
         self.arena.close()
-        if self.swap_arena is not None:
-            self.swap_arena.close()
         self.backend.close()
 
     # -- memory --------------------------------------------------------------------------------------------
 
     def _make_arena(self) -> KVArena:
-        max_bytes = kv_cache_bytes(self.config, self.backend)
-        max_blocks = num_kv_blocks(max_bytes, self._layout(1).bytes_per_block)
-        return KVArena(self._layout(max_blocks), self.backend, max_blocks)
-
-    def _make_swap_arena(self, max_bytes: int) -> KVArena:
-        bytes_per_block = self.arena.layout.bytes_per_block
-        max_blocks = max_bytes // bytes_per_block
-        if max_blocks == 0:
-            raise ValueError(
-                f"swap_space_bytes: one block needs {format_bytes(bytes_per_block)}; got {format_bytes(max_bytes)}"
+        def layout(max_blocks: int) -> KVLayout:
+            return KVLayout.choose(
+                num_layers=self.model.num_layers,
+                num_kv_heads=self.model.num_kv_heads,
+                block_size=self.config.block_size,
+                head_dim=self.model.head_dim,
+                dtype=self.backend.dtype,
+                max_blocks=max_blocks,
             )
-        return KVArena(self._layout(max_blocks), self.backend, max_blocks, self.backend.empty_host)
 
-    def _layout(self, max_blocks: int) -> KVLayout:
-        return KVLayout.choose(
-            num_layers=self.model.num_layers,
-            num_kv_heads=self.model.num_kv_heads,
-            block_size=self.config.block_size,
-            head_dim=self.model.head_dim,
-            dtype=self.backend.dtype,
-            max_blocks=max_blocks,
-        )
+        max_bytes = kv_cache_bytes(self.config, self.backend)
+        max_blocks = num_kv_blocks(max_bytes, layout(1).bytes_per_block)
+        return KVArena(layout(max_blocks), self.backend, max_blocks)
 
     def _first_blocks(self) -> int:
         """Take the first slab, or all of them when the cache is preallocated; returns how many blocks that makes."""
@@ -376,15 +369,15 @@ class Engine:
         }
         return sum(unfilled.values())
 
-    def _max_len(self, token_ids: list[int], params: SamplingParams) -> int:
-        """Where the sequences of such a request end, prompt and output together.
+    def _max_len(self, token_ids: list[int], params: SamplingParams, name: str) -> int:
+        """Where the sequences of such a request end, prompt and output together. name: of what says how many they are.
 
         They must fit into the cache together, as they run together. Raises ValueError when they never do.
         """
         max_len = self.max_model_len
         if params.max_tokens is not None:
             max_len = min(max_len, len(token_ids) + params.max_tokens)
-        count, name = params.num_sequences, "best_of" if params.picks_best else "n"
+        count = params.num_sequences
         if count > self.scheduler.max_num_seqs:
             raise ValueError(
                 f"{name} must be at most {self.scheduler.max_num_seqs}, as many sequences as may run at once "
@@ -421,8 +414,7 @@ class Engine:
         self._is_torn = False
 
     def _mend(self) -> None:
-        """If a change was broken off, end all requests that ran and let the others wait, with no block in use, here
-        or in the swap space: what the broken step was to copy there may be missing.
+        """If a change was broken off, end all requests that ran and let the others wait, with no block in use.
 
         May itself be broken off: the next call starts it again.
         """
@@ -431,13 +423,9 @@ class Engine:
         self._to_abort.clear()
         waiting = {}
         for request_id, request in self._requests.items():
-            if not request.finished and all(
-                seq.state in (SequenceState.WAITING, SequenceState.SWAPPED) for seq in request.unfinished
-            ):
+            if all(seq.state is SequenceState.WAITING for seq in request.unfinished) and not request.finished:
                 waiting[request_id] = request
         self.pool.add_blocks(self.arena.num_blocks - self.pool.num_blocks)
-        if self.swap is not None:
-            self.swap.pool.add_blocks(self.swap_arena.num_blocks - self.swap.pool.num_blocks)
         self.scheduler.restart(list(waiting.values()))
         self._requests = waiting
         self._is_torn = False
@@ -447,24 +435,21 @@ class Engine:
         if problems:
             raise RuntimeError("the engine's books are wrong: " + "; ".join(problems))
         self.arena.poison(self.pool.unused_blocks())
-        if self.swap is not None:
-            self.swap_arena.poison(self.swap.pool.unused_blocks())
 
     # -- a step --------------------------------------------------------------------------------------------
 
     def _step(self) -> list[RequestOutput]:
         schedule = self.scheduler.schedule()
-        if schedule.swap_outs:
-            self._swap(self.swap_arena, self.arena, schedule.swap_outs)
         if self.pool.handed_out is not None:
             self.arena.poison(self.pool.handed_out)
             self.pool.handed_out.clear()
-        if schedule.swap_ins:
-            self._swap(self.arena, self.swap_arena, schedule.swap_ins)
         touched: dict[Request, list[Sequence]] = {}  # with news that are to be told now, in order
         for request in schedule.failed:
-            for seq in request.sequences:
-                self._settle_text(seq, len(seq.token_ids))
+            if request.search is not None:
+                self._end_search(request, "error")
+            else:
+                for seq in request.sequences:
+                    self._settle_text(seq, len(seq.token_ids))
             touched[request] = request.sequences
         if schedule.sequences:
             for seq in self._run(schedule):
@@ -486,15 +471,18 @@ class Engine:
         ended = [seq for seq in request.unfinished if index is None or seq.index == index]
         if not ended:
             return None
-        for seq in ended:
-            self._finish(seq, "abort")
+        if request.search is not None:
+            ended = self._end_search(request, "abort")
+        else:
+            for seq in ended:
+                self._finish(seq, "abort")
         output = self._output(request, ended)
         if request.finished:
             del self._requests[request_id]
         return output
 
     def _run(self, schedule: Schedule) -> list[Sequence]:
-        """Compute the schedule and take in its tokens; returns the sequences that got one."""
+        """Compute the schedule and take in its tokens; returns the sequences of which there are news."""
         now = time.monotonic()
         for seq in schedule.sequences:
             if seq.request.metrics.first_scheduled_time is None:
@@ -504,22 +492,23 @@ class Engine:
 
         self.scheduler.complete(schedule)
         self._count_step()
-        start, now = now, time.monotonic()
-        if self.swap is not None and schedule.num_decodes < len(schedule.sequences):
-            self.swap.prefill_rate.add(sum(schedule.num_tokens), now - start)
+        now = time.monotonic()
+        searches: dict[Request, list[int]] = {}  # the rows of their beams
         for row, (seq, token_id) in enumerate(zip(result.sequences, result.token_ids, strict=True)):
             if seq.request.metrics.first_token_time is None:
                 seq.request.metrics.first_token_time = now
+            if seq.request.search is not None:
+                searches.setdefault(seq.request, []).append(row)
+                continue
             if result.logprobs is not None and seq.request.num_logprobs is not None:
-                self._add_logprobs(seq, result.logprobs, row)
+                self._add_drawn_logprobs(seq, result.logprobs, row)
             self._add_token(seq, token_id)
-        return result.sequences
-
-    def _swap(self, dst: KVArena, src: KVArena, pairs: list[tuple[int, int]]) -> None:
-        seconds, num_bytes = self.runner.swap(dst, src, pairs), len(pairs) * src.layout.bytes_per_block
-        self.swap.copy_rate.add(num_bytes, seconds)
-        self._swapped_bytes += num_bytes
-        self._swap_seconds += seconds
+        if not searches:
+            return result.sequences
+        touched = [seq for seq in result.sequences if seq.request.search is None]
+        for request, rows in searches.items():
+            touched += self._advance_search(request, rows, result)
+        return touched
 
     def _begin(self, request: Request, now: float) -> None:
         request.metrics.first_scheduled_time = now
@@ -582,19 +571,89 @@ class Engine:
         seq.num_decoded_tokens = max(end, seq.num_decoded_tokens)
         return found
 
-    def _add_logprobs(self, seq: Sequence, logprobs: Logprobs, row: int) -> None:
+    def _add_drawn_logprobs(self, seq: Sequence, logprobs: Logprobs, row: int) -> None:
         end = 1 + seq.request.num_logprobs
         token_ids, values = logprobs.token_ids[row, :end].tolist(), logprobs.logprobs[row, :end].tolist()
-        ranks = [int(logprobs.ranks[row]), *range(1, end)]
         seq.cumulative_logprob += values[0]
-        if seq.logprobs is None:
-            return
+        if seq.logprobs is not None:
+            self._add_logprobs(seq, token_ids, values, [int(logprobs.ranks[row]), *range(1, end)])
+
+    def _add_logprobs(self, seq: Sequence, token_ids: list[int], values: list[float], ranks: Iterable[int]) -> None:
         entries: dict[int, Logprob] = {}
         for token_id, value, rank in zip(token_ids, values, ranks, strict=False):
             if token_id not in entries:  # the drawn token is often among the most likely
                 text = self.tokenizer.decode([token_id], False) if self.tokenizer is not None else None
                 entries[token_id] = Logprob(value, rank, text)
         seq.logprobs.append(entries)
+
+    # -- beam search ---------------------------------------------------------------------------------------
+
+    def _advance_search(self, request: Request, rows: list[int], result: StepResult) -> list[Sequence]:
+        """Take a search one token on; rows: where its beams stand in `result`. Returns the sequences of which there
+        are news to tell."""
+        search, logprobs = request.search, result.logprobs
+        rows.sort(key=lambda row: result.sequences[row].index)
+        beams, end = [result.sequences[row] for row in rows], 1 + search.num_candidates
+        token_ids, values = logprobs.token_ids[rows, 1:end], logprobs.logprobs[rows, 1:end]
+        survivors, finished = search.choose(beams, token_ids, values)
+        num_tokens = beams[0].num_output_tokens + 1
+        for candidate in finished:
+            if search.wants(candidate):
+                seq = Sequence(request, len(request.sequences))
+                seq.follow(candidate.beam)
+                self._continue_beam(seq, candidate, token_ids, values)
+                seq.state = SequenceState.FINISHED
+                seq.finish_reason, seq.stop_reason = candidate.finish_reason, candidate.stop_reason
+                search.keep(seq)
+        if not survivors and not search.kept:
+            for beam in request.unfinished:
+                beam.error = f"the model gave no finite logit after {len(beam.token_ids)} tokens"
+            return self._end_search(request, "error")
+        if not survivors or search.is_over(survivors[0].cumulative_logprob, num_tokens):
+            return self._end_search(request)
+
+        placed = search.place(request, survivors)
+        forks = [(candidate.beam, seq) for seq, candidate in placed if candidate.beam is not seq]
+        self.scheduler.replace_beams(forks)
+        for parent, seq in forks:
+            seq.follow(parent)
+        for seq, candidate in placed:
+            self._continue_beam(seq, candidate, token_ids, values)
+        self._num_output_tokens += len(survivors)
+        return [search.settled] if search.settle(request.sequences) else []
+
+    def _continue_beam(self, seq: Sequence, candidate: Continuation, token_ids, logprobs) -> None:
+        seq.token_ids.append(candidate.token_id)
+        seq.cumulative_logprob = candidate.cumulative_logprob
+        if candidate.text is not None:
+            seq.output_text = candidate.text
+        if seq.logprobs is not None:
+            columns = [candidate.column, *range(min(seq.request.params.logprobs, token_ids.shape[1]))]
+            row_ids, row_logprobs = token_ids[candidate.row].tolist(), logprobs[candidate.row].tolist()
+            self._add_logprobs(seq, [row_ids[c] for c in columns], [row_logprobs[c] for c in columns],
+                               [c + 1 for c in columns])  # fmt: skip
+
+    def _end_search(self, request: Request, reason: str | None = None) -> list[Sequence]:
+        """Make what was kept the request's sequences, the best first, and return them. If it ends early, for
+        `reason`, beams take the places that are left."""
+        search, beams = request.search, request.sequences
+        for beam in request.unfinished:
+            self.scheduler.finish(beam, reason or "length")
+        found = [hypothesis.sequence for hypothesis in search.kept]
+        if reason is not None:
+            beams = sorted((b for b in beams if b.cumulative_logprob > -math.inf), key=lambda b: -b.cumulative_logprob)
+            found += beams[: search.beam_width - len(found)]
+        for rank, seq in enumerate(found):
+            seq.index = rank
+            seq.output_text, seq.num_decoded_tokens = self._new_text(request.params), seq.num_prompt_tokens
+            hide_last = search.ends_with_stop_token(seq) and not request.params.include_stop_str_in_output
+            stop = self._settle_text(seq, len(seq.token_ids) - hide_last)
+            if stop is not None:
+                seq.finish_reason, seq.stop_reason = "stop", stop
+        best, told = found[0], search.settled  # it begins with what was told of already
+        best.num_sent_tokens, best.num_sent_chars = told.num_sent_tokens, told.num_sent_chars
+        request.sequences = found
+        return found
 
     # -- outputs -------------------------------------------------------------------------------------------
 
@@ -609,7 +668,7 @@ class Engine:
         if params.picks_best:
             best = sorted(request.sequences, key=lambda seq: (seq.finish_reason == "error", -seq.cumulative_logprob))
             sequences = best[: params.n]
-        elif params.output_kind is RequestOutputKind.DELTA:
+        elif params.output_kind is RequestOutputKind.DELTA or request.search is not None:
             sequences = sorted(touched, key=lambda seq: seq.index)
         else:
             sequences = request.sequences
@@ -634,6 +693,7 @@ class Engine:
                 self._decode(seq, len(seq.token_ids))
             text = seq.output_text.text
         start, first_char = 0, 0
+        has_sum = seq.logprobs is not None or (seq.request.search is not None and seq.state is SequenceState.FINISHED)
         if seq.request.params.output_kind is RequestOutputKind.DELTA:
             start, first_char = seq.num_sent_tokens, seq.num_sent_chars
             seq.num_sent_tokens, seq.num_sent_chars = seq.num_output_tokens, len(text)
@@ -641,7 +701,7 @@ class Engine:
             index=seq.index,
             text=text[first_char:],
             token_ids=seq.token_ids[seq.num_prompt_tokens + start :],
-            cumulative_logprob=seq.cumulative_logprob if seq.logprobs is not None else None,
+            cumulative_logprob=seq.cumulative_logprob if has_sum else None,
             logprobs=seq.logprobs[start:] if seq.logprobs is not None else None,
             finish_reason=seq.finish_reason,
             stop_reason=seq.stop_reason,

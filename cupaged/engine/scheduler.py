@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from cupaged.engine.block_manager import BlockManager
 from cupaged.engine.sequence import Request, Sequence, SequenceState
-from cupaged.engine.swap import SwapSpace
 
 
 @dataclass
@@ -19,10 +18,7 @@ class Schedule:
     num_decodes: int = 0  # leading sequences with one token
     # (index in sequences, for whom): the next token of the second is drawn from the logits of the first's last one.
     sampled: list[tuple[int, Sequence]] = field(default_factory=list)
-    # (source, destination) of blocks, copied beforehand: into the swap space, out of it, and then within the cache.
-    swap_outs: list[tuple[int, int]] = field(default_factory=list)
-    swap_ins: list[tuple[int, int]] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)  # (source, destination) of blocks, copied beforehand
     failed: list[Request] = field(default_factory=list)  # finished instead: no memory, even with nothing else running
 
 
@@ -35,11 +31,9 @@ class Scheduler:
     - A prompt's blocks are taken at its admission, all or none, and only if as many are left as sequences run, so
       that each can grow by one: an admission that must be undone a few steps later helps nobody. A block for output
       is taken when the last one is full.
-    - When there is none, the last in service is preempted: it loses its blocks and goes back to its place in
-      `waiting`. The first one therefore always gets on, and every request becomes the first some day, unless requests
-      of higher priority never end.
-    - What a preempted request has computed is swapped, if there is a swap space with room for it and copying takes
-      less time than computing it again (or always_swap is set); otherwise it is computed again.
+    - When there is none, the last in service is preempted: it loses its blocks, goes back to its place in `waiting`
+      and is computed again later. The first one therefore always gets on, and every request becomes the first some
+      day, unless requests of higher priority never end.
     - A waiting request takes the place of running ones of lower priority if it can't run beside them. While it
       waits, they compute no more than a token a step.
     - A prompt whose next block is computed in this very step waits until the next one, to share that block. It waits
@@ -56,12 +50,8 @@ class Scheduler:
         max_num_batched_tokens: int,
         by_priority: bool = False,
         watermark: int = 1,
-        swap: SwapSpace | None = None,
-        always_swap: bool = False,
     ):
         self.blocks = blocks
-        self.swap = swap
-        self.always_swap = always_swap
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # each running sequence gets a token a step
         self.by_priority = by_priority
@@ -69,8 +59,6 @@ class Scheduler:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.num_preemptions = 0
-        self.num_swaps = 0  # of these, the requests that were swapped
-        self.num_tokens_lost = 0  # that the others had computed
         self._num_added = 0
         self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
 
@@ -109,20 +97,11 @@ class Scheduler:
             leader, *others = request.unfinished
             if len(others) >= len(self._free_rows):
                 break
-            spare = self.watermark * (self._num_running_seqs + len(others)) if self.running else 0
-            if request.is_swapped:
-                if len(request.active) <= budget and self.swap.swap_in(request, spare):
-                    self._resume_first()
-                    budget -= self._extend(request, budget, work)
-                elif self.running:
-                    break
-                else:
-                    self._fail(request, step)
-                continue
-            num_tokens = request.num_prompt_tokens if others else len(leader.token_ids)
+            num_tokens = request.num_shared_tokens if others else len(leader.token_ids)
             found = self.blocks.find_prefix(leader, num_tokens)
             if self.blocks.is_being_computed(leader, len(found), num_tokens):
                 break
+            spare = self.watermark * (self._num_running_seqs + len(others)) if self.running else 0
             if self.blocks.admit(leader, found, num_tokens, spare):
                 self._admit_first()
                 num_tokens = min(num_tokens - leader.num_cached_tokens, budget)
@@ -135,8 +114,6 @@ class Scheduler:
                 self._fail(request, step)
 
         self._lay_out(step, work)
-        if self.swap is not None:
-            step.swap_outs, step.swap_ins = self.swap.take_outs(), self.swap.take_ins()
         step.copies = self.blocks.take_copies()
         return step
 
@@ -145,8 +122,13 @@ class Scheduler:
         for seq, num_tokens in zip(step.sequences, step.num_tokens, strict=True):
             self.blocks.advance(seq, num_tokens)
             request = seq.request
-            if request.is_forking and seq.num_cached_tokens == request.num_prompt_tokens:
+            if request.is_forking and seq.num_cached_tokens == request.num_shared_tokens:
                 self._fork(request)
+
+    def replace_beams(self, forks: list[tuple[Sequence, Sequence]]) -> None:
+        """The second of each two gives up what it holds, and goes on from where the first one stands."""
+        for parent, child in forks:
+            self.blocks.fork(parent, child)
 
     def finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """Take `seq` out, whether it runs or waits, and free its blocks."""
@@ -160,49 +142,31 @@ class Scheduler:
             self._release(seq)
             if is_last:
                 self.running.remove(request)
-        else:
-            if seq.state is SequenceState.SWAPPED and seq in request.active:
-                if request.is_forking and not is_last:  # nobody else has computed anything: they begin anew
-                    self._unswap(request)
-                else:
-                    self.swap.free(seq)
-                    request.active.remove(seq)
-            if is_last:
-                self.waiting.remove(request)
+        elif is_last:
+            self.waiting.remove(request)
         seq.state = SequenceState.FINISHED
         seq.finish_reason, seq.stop_reason = reason, stop_reason
 
     def preempt(self, request: Request) -> None:
         """Send a running request back to wait, without its blocks."""
         self.running.remove(request)
-        num_tokens, state = request.num_computed_tokens, SequenceState.WAITING
-        if self.swap is not None and (self.always_swap or self.swap.pays(request)) and self.swap.swap_out(request):
-            state = SequenceState.SWAPPED
         for seq in request.unfinished:
-            if state is SequenceState.WAITING:
-                self.blocks.free(seq)
-            self._free_rows.append(seq.row)
-            seq.row, seq.state = -1, state
-        if state is SequenceState.WAITING:
-            request.active, request.is_forking = [], False
-            self.num_tokens_lost += num_tokens
-        else:
-            self.num_swaps += 1
+            self._release(seq)
+            seq.state = SequenceState.WAITING
+        request.active, request.is_forking = [], False
         insort(self.waiting, request, key=_rank)
         self.num_preemptions += 1
 
     def restart(self, waiting: list[Request]) -> None:
         """Nothing runs, and these requests wait, whatever state the books were left in."""
         self.blocks.discard()
-        if self.swap is not None:
-            self.swap.discard()
         self.running = []
         self.waiting = sorted(waiting, key=_rank)
         self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
         for request in waiting:
             request.active, request.is_forking = [], False
             for seq in request.unfinished:
-                seq.block_table, seq.swapped_table, seq.num_cached_tokens, seq.row = [], [], 0, -1
+                seq.block_table, seq.num_cached_tokens, seq.row = [], 0, -1
                 seq.state = SequenceState.WAITING
 
     # -- what runs -----------------------------------------------------------------------------------------
@@ -216,8 +180,11 @@ class Scheduler:
         returns how many tokens, or 0, and nothing is added, when blocks lack."""
         start, total = len(work), 0
         left = limit - len(request.active)  # beyond a token for each
+        waits = self._beams_wait(request, limit)
         for seq in request.active:
-            num_tokens = min(request.num_wanted_tokens(seq) - seq.num_cached_tokens, 1 + left)
+            num_tokens = min(request.num_wanted_tokens(seq) - seq.num_cached_tokens - waits, 1 + left)
+            if num_tokens == 0:
+                continue
             if not self.blocks.allocate_slots(seq, num_tokens):
                 del work[start:]
                 return 0
@@ -227,6 +194,12 @@ class Scheduler:
             work.append((seq, num_tokens))
             total += num_tokens
         return total
+
+    def _beams_wait(self, request: Request, limit: int) -> bool:
+        """Whether each beam is to leave its last token uncomputed, because not all beams can reach it in this step."""
+        if request.search is None:
+            return False
+        return sum([request.num_wanted_tokens(seq) - seq.num_cached_tokens for seq in request.active]) > limit
 
     def _fork(self, request: Request) -> None:
         """The prompt is computed: all sequences go on from there, sharing its blocks."""
@@ -257,28 +230,17 @@ class Scheduler:
 
     # -- what waits ----------------------------------------------------------------------------------------
 
-    def _resume_first(self) -> Request:
+    def _admit_first(self) -> None:
         request = self.waiting.pop(0)
         insort(self.running, request, key=_rank)
-        for seq in request.unfinished:
+        leader, *others = request.unfinished
+        for seq in (leader, *others):
             seq.state = SequenceState.RUNNING
             seq.row = self._free_rows.pop()
-        return request
-
-    def _admit_first(self) -> None:
-        request = self._resume_first()
-        leader, *others = request.unfinished
         request.is_forking = bool(others)
         request.active = [leader]
         if request.num_cached_tokens is None:
             request.num_cached_tokens = leader.num_cached_tokens
-
-    def _unswap(self, request: Request) -> None:
-        """Send a swapped request back to wait as if it were new."""
-        for seq in request.unfinished:
-            self.swap.free(seq)
-            seq.num_cached_tokens, seq.state = 0, SequenceState.WAITING
-        request.active, request.is_forking = [], False
 
     def _is_outranked(self, request: Request) -> bool:
         """Whether a request of higher priority waits."""
@@ -289,13 +251,9 @@ class Scheduler:
         while self.running and self._is_outranked(self.running[-1]):
             request = self.waiting[0]
             leader, *others = request.unfinished
-            if request.is_swapped:
-                num_blocks = self.swap.num_blocks_to_resume(request)
-            else:
-                num_tokens = request.num_prompt_tokens if others else len(leader.token_ids)
-                num_blocks = -(-num_tokens // self.blocks.block_size)
-            # Those that run on may take a block each before it is admitted, and the watermark is to be left then.
-            num_blocks += self._num_running_seqs + self.watermark * (self._num_running_seqs + len(others))
+            num_tokens = request.num_shared_tokens if others else len(leader.token_ids)
+            num_blocks = -(-num_tokens // self.blocks.block_size)
+            num_blocks += self.watermark * (self._num_running_seqs + len(others))
             if len(others) < len(self._free_rows) and self.blocks.pool.can_allocate(num_blocks):
                 break
             self.preempt(self.running[-1])
@@ -314,7 +272,7 @@ class Scheduler:
         for i, (seq, num_tokens) in enumerate(zip(step.sequences, step.num_tokens, strict=True)):
             if seq.num_cached_tokens + num_tokens == len(seq.token_ids):
                 request = seq.request
-                if request.is_forking:
+                if request.is_forking and request.search is None:
                     step.sampled += [(i, other) for other in request.unfinished]
                 else:
                     step.sampled.append((i, seq))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from cupaged.engine.logit_edits import LogitEdits, LogitRules
 from cupaged.engine.output_text import OutputText
 from cupaged.engine.prefix import Link, PrefixBlock, PrefixKey
 from cupaged.outputs import Logprob, RequestMetrics
 from cupaged.sampling_params import RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    from cupaged.engine.beam_search import BeamSearch
 
 
 class SequenceState(Enum):
@@ -28,6 +32,8 @@ class Request:
     logit_rules: what its parameters do to logits; None for nothing.
     priority: lower values come first. prefix_key: with whom it may share the cache of its prompt.
     max_len: where its sequences end, prompt and output together; None for max_tokens alone.
+    search: if it is a beam search, that. Its sequences are the beams then, at its end what it has found. They get their
+    next tokens in the same step, always.
     """
 
     def __init__(
@@ -43,6 +49,7 @@ class Request:
         priority: int = 0,
         prefix_key: PrefixKey | None = None,
         max_len: int | None = None,
+        search: BeamSearch | None = None,
     ):
         self.request_id = request_id
         self.prompt = prompt
@@ -53,7 +60,8 @@ class Request:
         self.priority = priority
         self.prefix_key = prefix_key or PrefixKey(model="")
         self.max_len = max_len
-        self.num_logprobs = params.num_logprobs
+        self.search = search
+        self.num_logprobs = params.num_logprobs if search is None else search.num_candidates
         self.tells_end_only = params.output_kind is RequestOutputKind.FINAL_ONLY or params.picks_best
         self.metrics = RequestMetrics(arrival_time)
         self.num_cached_tokens: int | None = None  # of the prompt, found in the cache; None before it is scheduled
@@ -81,14 +89,23 @@ class Request:
         return len(self.prompt_token_ids)
 
     @property
+    def num_shared_tokens(self) -> int:
+        """The first tokens, which all its sequences have in common: the prompt, and what beams agree on besides."""
+        if self.search is None:
+            return self.num_prompt_tokens
+        # Of a beam's output the last token is never shared: its logits are wanted for each beam.
+        num_settled = min(self.search.settled.num_output_tokens, self.sequences[0].num_output_tokens - 1)
+        return self.num_prompt_tokens + max(0, num_settled)
+
+    @property
     def num_computed_tokens(self) -> int:
-        """In the cache; a prompt that several sequences share counts once."""
+        """In the cache; what several sequences share counts once."""
         num_tokens = sum([seq.num_cached_tokens for seq in self.active])
-        return num_tokens - max(0, len(self.active) - 1) * self.num_prompt_tokens
+        return num_tokens - max(0, len(self.active) - 1) * self.num_shared_tokens
 
     def num_wanted_tokens(self, seq: Sequence) -> int:
         """How many tokens of `seq`, an active one, are to be computed as things stand."""
-        return self.num_prompt_tokens if self.is_forking else len(seq.token_ids)
+        return self.num_shared_tokens if self.is_forking else len(seq.token_ids)
 
 
 class Sequence:
@@ -155,6 +172,12 @@ class Sequence:
         self.num_decoded_tokens = self.num_prompt_tokens  # output_text holds the output tokens before this one
         self.num_sent_tokens = 0  # what earlier outputs of kind DELTA told
         self.num_sent_chars = 0
+
+    def follow(self, beam: Sequence) -> None:
+        """Take over its output so far."""
+        self.token_ids = beam.token_ids.copy()
+        if beam.logprobs is not None:
+            self.logprobs = beam.logprobs.copy()
 
     @property
     def seed(self) -> int:
