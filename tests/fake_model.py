@@ -79,12 +79,14 @@ class FakeBackend:
     def to_host(self, src):
         return src.copy()
 
+    def empty_host(self, shape, dtype):
+        return self.empty(shape, dtype)
+
     def copy_blocks(self, dst, src, pairs):
-        assert dst is src
         assert pairs.dtype == np.int32
         destinations, sources = set(pairs[:, 1].tolist()), set(pairs[:, 0].tolist())
         assert len(destinations) == len(pairs)
-        assert not destinations & sources
+        assert dst is not src or not destinations & sources
         for source, destination in pairs.tolist():
             slab, index = divmod(source, src.layout.blocks_per_slab)
             block = src.slabs[slab][:, :, index]
@@ -250,6 +252,14 @@ def audit(engine):
             assert tokens_at(slots, engine.arena).tolist() == seq.token_ids[: seq.num_cached_tokens]
     for request in scheduler.waiting:
         assert not any(seq.block_table for seq in request.sequences)
+        for seq in request.active:
+            slots = np.array(seq.swapped_table, int)[np.arange(seq.num_cached_tokens) // block_size] * block_size
+            slots += np.arange(seq.num_cached_tokens) % block_size
+            assert tokens_at(slots, engine.swap_arena).tolist() == seq.token_ids[: seq.num_cached_tokens]
+    if engine.swap is not None:
+        swapped = {b for request in scheduler.waiting for seq in request.active for b in seq.swapped_table}
+        assert engine.swap.pool.num_blocks - engine.swap.pool.num_free_blocks == len(swapped)
+        engine.swap_arena.poison(engine.swap.pool.unused_blocks())
     assert {b: pool.ref_count(b) for b in references} == references
     assert pool.num_free_blocks == sum(count == 0 for count in references.values())
 
@@ -261,6 +271,13 @@ def audit(engine):
         elif references[block_id] == 0:
             slab, index = divmod(block_id, engine.arena.layout.blocks_per_slab)
             engine.arena.slabs[slab][:, :, index] = np.nan
+
+
+def preempt(engine, request):
+    """As a step would do it that lacks blocks; what is swapped is copied at once."""
+    engine.scheduler.preempt(request)
+    if engine.swap is not None and (outs := engine.swap.take_outs()):
+        engine._swap(engine.swap_arena, engine.arena, outs)
 
 
 def tokens_at(slots, arena):

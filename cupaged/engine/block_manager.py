@@ -169,9 +169,8 @@ class BlockManager:
         self.pool.free_all()
 
     def _register(self, seq: Sequence, end: int) -> None:
-        if self.hasher is None or seq.link is None:
-            return
-        self.hasher.extend(seq.prefix, seq.token_ids, seq.request.prefix_key)
-        for i in range(seq.num_registered_blocks, end):
-            seq.link = self.pool.register(seq.block_table[i], seq.prefix[i], seq.link)
+        if self.hasher is not None and seq.link is not None:
+            self.hasher.extend(seq.prefix, seq.token_ids, seq.request.prefix_key)
+            for i in range(seq.num_registered_blocks, end):
+                seq.link = self.pool.register(seq.block_table[i], seq.prefix[i], seq.link)
         seq.num_registered_blocks = end

@@ -25,9 +25,16 @@ from cupaged.engine.runner import Runner, StepResult
 from cupaged.engine.sampler import Logprobs
 from cupaged.engine.scheduler import Schedule, Scheduler
 from cupaged.engine.sequence import Request, Sequence, SequenceState
+from cupaged.engine.swap import SwapSpace
 from cupaged.errors import OutOfMemoryError, QueueFullError
 from cupaged.memory.arena import KVArena, KVLayout
-from cupaged.memory.budget import fit_max_model_len, format_bytes, kv_cache_bytes, num_kv_blocks
+from cupaged.memory.budget import (
+    fit_max_model_len,
+    format_bytes,
+    kv_cache_bytes,
+    num_kv_blocks,
+    swap_space_bytes,
+)
 from cupaged.outputs import CompletionOutput, Logprob, RequestOutput
 from cupaged.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
@@ -57,6 +64,12 @@ class EngineStats:
     num_copies: int  # blocks copied because one of several holders wrote into them
     num_evictions: int  # blocks whose findable content had to go
     num_preemptions: int
+    num_swaps: int  # of the preemptions: what the request had computed was swapped
+    num_tokens_lost: int  # by the other preemptions: computed tokens that have to be computed again
+    num_swapped_blocks: int  # in the swap space now
+    swap_space_bytes: int  # of its slabs
+    swapped_bytes: int  # copied into and out of the swap space
+    swap_seconds: float  # that this took
     mean_queue_time: float  # seconds from a request's arrival to its first step; each one's is in its metrics
 
 
@@ -81,11 +94,18 @@ class Engine:
         self.pool.add_blocks(self._first_blocks())
         self.hasher = PrefixHasher(config.block_size) if config.enable_prefix_caching else None
         self.blocks = BlockManager(self.pool, config.block_size, self.hasher)
+        self.swap_arena, self.swap = None, None
+        if num_bytes := swap_space_bytes(config, backend):
+            self.swap_arena = self._make_swap_arena(num_bytes)
+            swap_pool = BlockPool(self.swap_arena.grow)
+            self.swap = SwapSpace(self.blocks, swap_pool, self.arena.layout.bytes_per_block)
         self.scheduler = Scheduler(
             self.blocks,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             by_priority=config.scheduling_policy == "priority",
+            swap=self.swap,
+            always_swap=config.preemption_mode == "swap",
         )
         self.runner = Runner(
             backend,
@@ -110,6 +130,7 @@ class Engine:
         self._used_blocks = self._references = 0  # summed over steps
         self._peak_used_blocks = 0
         self._num_begun, self._queue_time = 0, 0.0
+        self._swapped_bytes, self._swap_seconds = 0, 0.0
         if config.debug:
             self.pool.handed_out = []
             self.arena.poison(self.pool.unused_blocks())
@@ -280,7 +301,8 @@ class Engine:
         """Forget all cached prefixes, what running requests have computed included."""
         with self._lock:
             self._mend()
-            self.blocks.reset_prefix_cache([seq for request in self.scheduler.running for seq in request.unfinished])
+            requests = [*self.scheduler.running, *self.scheduler.waiting]
+            self.blocks.reset_prefix_cache([seq for request in requests for seq in request.active])
 
     def audit(self) -> list[str]:
         """What is wrong with the books, a line each; none if all is well."""
@@ -304,7 +326,7 @@ class Engine:
             num_cached_blocks=self.pool.num_cached_blocks,
             peak_used_blocks=self._peak_used_blocks,
             num_slabs=len(self.arena.slabs),
-            kv_cache_bytes=len(self.arena.slabs) * self.arena.layout.bytes_per_slab,
+            kv_cache_bytes=self.arena.num_bytes,
             num_unfilled_slots=self._num_unfilled_slots(),
             mean_waste=self._unfilled_slots / self._used_slots if self._used_slots else 0.0,
             num_blocks_saved=self.pool.num_references - num_used,
@@ -316,6 +338,12 @@ class Engine:
             num_copies=self.blocks.num_copies,
             num_evictions=self.pool.num_evictions,
             num_preemptions=self.scheduler.num_preemptions,
+            num_swaps=self.scheduler.num_swaps,
+            num_tokens_lost=self.scheduler.num_tokens_lost,
+            num_swapped_blocks=self.swap.pool.num_blocks - self.swap.pool.num_free_blocks if self.swap else 0,
+            swap_space_bytes=self.swap_arena.num_bytes if self.swap else 0,
+            swapped_bytes=self._swapped_bytes,
+            swap_seconds=self._swap_seconds,
             mean_queue_time=self._queue_time / self._num_begun if self._num_begun else 0.0,
         )
 
@@ -326,24 +354,35 @@ class Engine:
         self.reset_prefix_cache()
         self.runner = None
         self.arena.close()
+        if self.swap_arena is not None:
+            self.swap_arena.close()
         self.backend.close()
 
     # -- memory --------------------------------------------------------------------------------------------
 
     def _make_arena(self) -> KVArena:
-        def layout(max_blocks: int) -> KVLayout:
-            return KVLayout.choose(
-                num_layers=self.model.num_layers,
-                num_kv_heads=self.model.num_kv_heads,
-                block_size=self.config.block_size,
-                head_dim=self.model.head_dim,
-                dtype=self.backend.dtype,
-                max_blocks=max_blocks,
-            )
-
         max_bytes = kv_cache_bytes(self.config, self.backend)
-        max_blocks = num_kv_blocks(max_bytes, layout(1).bytes_per_block)
-        return KVArena(layout(max_blocks), self.backend, max_blocks)
+        max_blocks = num_kv_blocks(max_bytes, self._layout(1).bytes_per_block)
+        return KVArena(self._layout(max_blocks), self.backend, max_blocks)
+
+    def _make_swap_arena(self, max_bytes: int) -> KVArena:
+        bytes_per_block = self.arena.layout.bytes_per_block
+        max_blocks = max_bytes // bytes_per_block
+        if max_blocks == 0:
+            raise ValueError(
+                f"swap_space_bytes: one block needs {format_bytes(bytes_per_block)}; got {format_bytes(max_bytes)}"
+            )
+        return KVArena(self._layout(max_blocks), self.backend, max_blocks, self.backend.empty_host)
+
+    def _layout(self, max_blocks: int) -> KVLayout:
+        return KVLayout.choose(
+            num_layers=self.model.num_layers,
+            num_kv_heads=self.model.num_kv_heads,
+            block_size=self.config.block_size,
+            head_dim=self.model.head_dim,
+            dtype=self.backend.dtype,
+            max_blocks=max_blocks,
+        )
 
     def _first_blocks(self) -> int:
         """Take the first slab, or all of them when the cache is preallocated; returns how many blocks that makes."""
@@ -414,7 +453,8 @@ class Engine:
         self._is_torn = False
 
     def _mend(self) -> None:
-        """If a change was broken off, end all requests that ran and let the others wait, with no block in use.
+        """If a change was broken off, end all requests that ran and let the others wait, with no block in use, here
+        or in the swap space: what the broken step was to copy there may be missing.
 
         May itself be broken off: the next call starts it again.
         """
@@ -423,9 +463,13 @@ class Engine:
         self._to_abort.clear()
         waiting = {}
         for request_id, request in self._requests.items():
-            if all(seq.state is SequenceState.WAITING for seq in request.unfinished) and not request.finished:
+            if not request.finished and all(
+                seq.state in (SequenceState.WAITING, SequenceState.SWAPPED) for seq in request.unfinished
+            ):
                 waiting[request_id] = request
         self.pool.add_blocks(self.arena.num_blocks - self.pool.num_blocks)
+        if self.swap is not None:
+            self.swap.pool.add_blocks(self.swap_arena.num_blocks - self.swap.pool.num_blocks)
         self.scheduler.restart(list(waiting.values()))
         self._requests = waiting
         self._is_torn = False
@@ -435,14 +479,20 @@ class Engine:
         if problems:
             raise RuntimeError("the engine's books are wrong: " + "; ".join(problems))
         self.arena.poison(self.pool.unused_blocks())
+        if self.swap is not None:
+            self.swap_arena.poison(self.swap.pool.unused_blocks())
 
     # -- a step --------------------------------------------------------------------------------------------
 
     def _step(self) -> list[RequestOutput]:
         schedule = self.scheduler.schedule()
+        if schedule.swap_outs:
+            self._swap(self.swap_arena, self.arena, schedule.swap_outs)
         if self.pool.handed_out is not None:
             self.arena.poison(self.pool.handed_out)
             self.pool.handed_out.clear()
+        if schedule.swap_ins:
+            self._swap(self.arena, self.swap_arena, schedule.swap_ins)
         touched: dict[Request, list[Sequence]] = {}  # with news that are to be told now, in order
         for request in schedule.failed:
             if request.search is not None:
@@ -492,7 +542,9 @@ class Engine:
 
         self.scheduler.complete(schedule)
         self._count_step()
-        now = time.monotonic()
+        start, now = now, time.monotonic()
+        if self.swap is not None and schedule.num_decodes < len(schedule.sequences):
+            self.swap.prefill_rate.add(sum(schedule.num_tokens), now - start)
         searches: dict[Request, list[int]] = {}  # the rows of their beams
         for row, (seq, token_id) in enumerate(zip(result.sequences, result.token_ids, strict=True)):
             if seq.request.metrics.first_token_time is None:
@@ -509,6 +561,12 @@ class Engine:
         for request, rows in searches.items():
             touched += self._advance_search(request, rows, result)
         return touched
+
+    def _swap(self, dst: KVArena, src: KVArena, pairs: list[tuple[int, int]]) -> None:
+        seconds, num_bytes = self.runner.swap(dst, src, pairs), len(pairs) * src.layout.bytes_per_block
+        self.swap.copy_rate.add(num_bytes, seconds)
+        self._swapped_bytes += num_bytes
+        self._swap_seconds += seconds
 
     def _begin(self, request: Request, now: float) -> None:
         request.metrics.first_scheduled_time = now

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from cupaged.engine.block_manager import BlockManager
 from cupaged.engine.sequence import Request, Sequence, SequenceState
+from cupaged.engine.swap import SwapSpace
 
 
 @dataclass
@@ -18,7 +19,10 @@ class Schedule:
     num_decodes: int = 0  # leading sequences with one token
     # (index in sequences, for whom): the next token of the second is drawn from the logits of the first's last one.
     sampled: list[tuple[int, Sequence]] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)  # (source, destination) of blocks, copied beforehand
+    # (source, destination) of blocks, copied beforehand: into the swap space, out of it, and then within the cache.
+    swap_outs: list[tuple[int, int]] = field(default_factory=list)
+    swap_ins: list[tuple[int, int]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
     failed: list[Request] = field(default_factory=list)  # finished instead: no memory, even with nothing else running
 
 
@@ -31,9 +35,11 @@ class Scheduler:
     - A prompt's blocks are taken at its admission, all or none, and only if as many are left as sequences run, so
       that each can grow by one: an admission that must be undone a few steps later helps nobody. A block for output
       is taken when the last one is full.
-    - When there is none, the last in service is preempted: it loses its blocks, goes back to its place in `waiting`
-      and is computed again later. The first one therefore always gets on, and every request becomes the first some
-      day, unless requests of higher priority never end.
+    - When there is none, the last in service is preempted: it loses its blocks and goes back to its place in
+      `waiting`. The first one therefore always gets on, and every request becomes the first some day, unless requests
+      of higher priority never end.
+    - What a preempted request has computed is swapped, if there is a swap space with room for it and copying takes
+      less time than computing it again (or always_swap is set); otherwise it is computed again.
     - A waiting request takes the place of running ones of lower priority if it can't run beside them. While it
       waits, they compute no more than a token a step.
     - A prompt whose next block is computed in this very step waits until the next one, to share that block. It waits
@@ -50,8 +56,12 @@ class Scheduler:
         max_num_batched_tokens: int,
         by_priority: bool = False,
         watermark: int = 1,
+        swap: SwapSpace | None = None,
+        always_swap: bool = False,
     ):
         self.blocks = blocks
+        self.swap = swap
+        self.always_swap = always_swap
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # each running sequence gets a token a step
         self.by_priority = by_priority
@@ -59,6 +69,8 @@ class Scheduler:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self.num_swaps = 0  # of these, the requests that were swapped
+        self.num_tokens_lost = 0  # that the others had computed
         self._num_added = 0
         self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
 
@@ -97,11 +109,20 @@ class Scheduler:
             leader, *others = request.unfinished
             if len(others) >= len(self._free_rows):
                 break
+            spare = self.watermark * (self._num_running_seqs + len(others)) if self.running else 0
+            if request.is_swapped:
+                if len(request.active) <= budget and self.swap.swap_in(request, spare):
+                    self._resume_first()
+                    budget -= self._extend(request, budget, work)
+                elif self.running:
+                    break
+                else:
+                    self._fail(request, step)
+                continue
             num_tokens = request.num_shared_tokens if others else len(leader.token_ids)
             found = self.blocks.find_prefix(leader, num_tokens)
             if self.blocks.is_being_computed(leader, len(found), num_tokens):
                 break
-            spare = self.watermark * (self._num_running_seqs + len(others)) if self.running else 0
             if self.blocks.admit(leader, found, num_tokens, spare):
                 self._admit_first()
                 num_tokens = min(num_tokens - leader.num_cached_tokens, budget)
@@ -114,6 +135,8 @@ class Scheduler:
                 self._fail(request, step)
 
         self._lay_out(step, work)
+        if self.swap is not None:
+            step.swap_outs, step.swap_ins = self.swap.take_outs(), self.swap.take_ins()
         step.copies = self.blocks.take_copies()
         return step
 
@@ -142,31 +165,49 @@ class Scheduler:
             self._release(seq)
             if is_last:
                 self.running.remove(request)
-        elif is_last:
-            self.waiting.remove(request)
+        else:
+            if seq.state is SequenceState.SWAPPED and seq in request.active:
+                if request.is_forking and not is_last:  # nobody else has computed anything: they begin anew
+                    self._unswap(request)
+                else:
+                    self.swap.free(seq)
+                    request.active.remove(seq)
+            if is_last:
+                self.waiting.remove(request)
         seq.state = SequenceState.FINISHED
         seq.finish_reason, seq.stop_reason = reason, stop_reason
 
     def preempt(self, request: Request) -> None:
         """Send a running request back to wait, without its blocks."""
         self.running.remove(request)
+        num_tokens, state = request.num_computed_tokens, SequenceState.WAITING
+        if self.swap is not None and (self.always_swap or self.swap.pays(request)) and self.swap.swap_out(request):
+            state = SequenceState.SWAPPED
         for seq in request.unfinished:
-            self._release(seq)
-            seq.state = SequenceState.WAITING
-        request.active, request.is_forking = [], False
+            if state is SequenceState.WAITING:
+                self.blocks.free(seq)
+            self._free_rows.append(seq.row)
+            seq.row, seq.state = -1, state
+        if state is SequenceState.WAITING:
+            request.active, request.is_forking = [], False
+            self.num_tokens_lost += num_tokens
+        else:
+            self.num_swaps += 1
         insort(self.waiting, request, key=_rank)
         self.num_preemptions += 1
 
     def restart(self, waiting: list[Request]) -> None:
         """Nothing runs, and these requests wait, whatever state the books were left in."""
         self.blocks.discard()
+        if self.swap is not None:
+            self.swap.discard()
         self.running = []
         self.waiting = sorted(waiting, key=_rank)
         self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
         for request in waiting:
             request.active, request.is_forking = [], False
             for seq in request.unfinished:
-                seq.block_table, seq.num_cached_tokens, seq.row = [], 0, -1
+                seq.block_table, seq.swapped_table, seq.num_cached_tokens, seq.row = [], [], 0, -1
                 seq.state = SequenceState.WAITING
 
     # -- what runs -----------------------------------------------------------------------------------------
@@ -230,17 +271,28 @@ class Scheduler:
 
     # -- what waits ----------------------------------------------------------------------------------------
 
-    def _admit_first(self) -> None:
+    def _resume_first(self) -> Request:
         request = self.waiting.pop(0)
         insort(self.running, request, key=_rank)
-        leader, *others = request.unfinished
-        for seq in (leader, *others):
+        for seq in request.unfinished:
             seq.state = SequenceState.RUNNING
             seq.row = self._free_rows.pop()
+        return request
+
+    def _admit_first(self) -> None:
+        request = self._resume_first()
+        leader, *others = request.unfinished
         request.is_forking = bool(others)
         request.active = [leader]
         if request.num_cached_tokens is None:
             request.num_cached_tokens = leader.num_cached_tokens
+
+    def _unswap(self, request: Request) -> None:
+        """Send a swapped request back to wait as if it were new."""
+        for seq in request.unfinished:
+            self.swap.free(seq)
+            seq.num_cached_tokens, seq.state = 0, SequenceState.WAITING
+        request.active, request.is_forking = [], False
 
     def _is_outranked(self, request: Request) -> bool:
         """Whether a request of higher priority waits."""
@@ -251,9 +303,13 @@ class Scheduler:
         while self.running and self._is_outranked(self.running[-1]):
             request = self.waiting[0]
             leader, *others = request.unfinished
-            num_tokens = request.num_shared_tokens if others else len(leader.token_ids)
-            num_blocks = -(-num_tokens // self.blocks.block_size)
-            num_blocks += self.watermark * (self._num_running_seqs + len(others))
+            if request.is_swapped:
+                num_blocks = self.swap.num_blocks_to_resume(request)
+            else:
+                num_tokens = request.num_shared_tokens if others else len(leader.token_ids)
+                num_blocks = -(-num_tokens // self.blocks.block_size)
+            # Those that run on may take a block each before it is admitted, and the watermark is to be left then.
+            num_blocks += self._num_running_seqs + self.watermark * (self._num_running_seqs + len(others))
             if len(others) < len(self._free_rows) and self.blocks.pool.can_allocate(num_blocks):
                 break
             self.preempt(self.running[-1])
