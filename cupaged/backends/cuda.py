@@ -203,6 +203,9 @@ class CudaBackend:
     """Backend over cupy.ndarray; see cupaged.backends.base for what each operation computes.
 
     device: a CupyDevice; the tests pass one over NumPy. dtype: bfloat16 or float16.
+
+    Copies and launches go to CuPy's current device and stream. All calls want the same ones to be current: the order of
+    one stream is what keeps an array from being overwritten before a kernel has read it.
     """
 
     name = "cuda"
