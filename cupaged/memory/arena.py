@@ -106,11 +106,6 @@ class KVArena:
         """Of its slabs."""
         return len(self.slabs) * self.layout.bytes_per_slab
 
-    @property
-    def num_bytes(self) -> int:
-        """Of its slabs."""
-        return len(self.slabs) * self.layout.bytes_per_slab
-
     def grow(self) -> int:
         """Take one more slab; returns how many blocks that adds, 0 when the limit is reached or no memory is left."""
         if len(self.slabs) == self.max_slabs or time.monotonic() < self._retry_time:
