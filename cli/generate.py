@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,7 +15,7 @@ from cupaged.cli.options import Size, model_options
 if TYPE_CHECKING:
     from cupaged.llm import LLM
     from cupaged.outputs import CompletionOutput, RequestOutput
-    from cupaged.sampling_params import SamplingParams
+    from cupaged.sampling_params import BeamSearchParams, SamplingParams
 
 # llama.cpp's, for models whose generation_config.json says nothing about sampling.
 TERMINAL_DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
@@ -36,6 +36,8 @@ HEADER_WIDTH = 60
 @click.option("--presence-penalty", type=float, help="[default: 0]")
 @click.option("--frequency-penalty", type=float, help="[default: 0]")
 @click.option("--seed", type=int, help="Makes the output repeatable.")
+@click.option("--beam-width", type=int, metavar="N", help="Draw nothing: search the likeliest output with N beams.")
+@click.option("--length-penalty", type=float, help="Of --beam-width: more than 0 favours long outputs.  [default: 1]")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the output at TEXT; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-sequence token.")
 @click.option("--logprobs", type=int, metavar="K", help="With --json: log probabilities of the K likeliest tokens.")
@@ -85,7 +87,9 @@ def generate(
     texts = _gather_prompts(prompt, prompts)
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs: needs --json, which has a place for them")
-    _check_sampling(sampling, logprobs)
+    beam_params = _beam_search_params(sampling, logprobs)
+    if beam_params is None:
+        _check_sampling(sampling, logprobs)
 
     from cupaged.llm import LLM
 
@@ -106,7 +110,7 @@ def generate(
         progress=lambda line: click.echo(line, err=True),
     ) as llm:
         click.echo(llm.device_note, err=True)
-        params = _sampling_params(llm, sampling, logprobs)
+        params = beam_params or _sampling_params(llm, sampling, logprobs)
         inputs: list[Any] = [_chat_ids(llm, text, system) if chat or system else text for text in texts]
         loaded = time.monotonic()
         if len(texts) == 1 and not (as_json or no_stream):
@@ -156,6 +160,23 @@ def _read_jsonl(file) -> list[str]:
     return texts
 
 
+def _beam_search_params(sampling: dict[str, Any], logprobs: int | None) -> BeamSearchParams | None:
+    """What the options say of a beam search, which they then no longer hold; None if none is wanted."""
+    from cupaged.sampling_params import BeamSearchParams
+
+    own = {name: sampling.pop(name) for name in ("beam_width", "length_penalty")}
+    if own["beam_width"] is None:
+        if own["length_penalty"] is not None:
+            raise click.UsageError("--length-penalty: needs --beam-width")
+        return None
+    given = {name: value for name, value in {**own, **sampling}.items() if value is not None}
+    names = {field.name for field in fields(BeamSearchParams)}
+    for name in given:
+        if name not in names:
+            raise click.UsageError(f"--{name.replace('_', '-')}: doesn't go with --beam-width, which draws nothing")
+    return BeamSearchParams(**{"max_tokens": None, **given, "logprobs": logprobs})
+
+
 def _check_sampling(sampling: dict[str, Any], logprobs: int | None) -> None:
     """Find nonsense before the model is loaded."""
     from cupaged.sampling_params import SamplingParams
@@ -177,7 +198,7 @@ def _chat_ids(llm: LLM, text: str, system: str | None) -> list[int]:
     return llm.get_tokenizer().chat([*messages, {"role": "user", "content": text}])
 
 
-def _stream(llm: LLM, prompt: str | list[int], params: SamplingParams) -> RequestOutput:
+def _stream(llm: LLM, prompt: str | list[int], params: SamplingParams | BeamSearchParams) -> RequestOutput:
     shown = 0
     for output in llm.stream(prompt, params):
         text = output.outputs[0].text
@@ -200,8 +221,14 @@ def _as_json(index: int, prompt: str, result: RequestOutput) -> dict[str, Any]:
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
         **({"logprobs": _logprobs_json(completion)} if completion.logprobs is not None else {}),
+        **({"beams": [_beam_json(other) for other in result.outputs]} if len(result.outputs) > 1 else {}),
         "timings": _timings(result),
     }
+
+
+def _beam_json(completion: CompletionOutput) -> dict[str, Any]:
+    names = ("text", "token_ids", "cumulative_logprob", "finish_reason", "stop_reason")
+    return {name: getattr(completion, name) for name in names}
 
 
 def _logprobs_json(completion: CompletionOutput) -> list[dict[str, Any]]:

@@ -11,10 +11,12 @@ __version__ = "0.1.0"
 _HOME = {
     "LLM": "cupaged.llm",
     "SamplingParams": "cupaged.sampling_params",
+    "BeamSearchParams": "cupaged.sampling_params",
     "EngineConfig": "cupaged.config",
     "ModelConfig": "cupaged.config",
     "RequestOutput": "cupaged.outputs",
     "CompletionOutput": "cupaged.outputs",
+    "BeamSearchOutput": "cupaged.outputs",
     "Logprob": "cupaged.outputs",
     "CupagedError": "cupaged.errors",
     "QueueFullError": "cupaged.errors",

@@ -17,13 +17,14 @@ from cupaged.config import EngineConfig
 from cupaged.engine.engine import Engine
 from cupaged.errors import CupagedError
 from cupaged.memory.budget import format_bytes, wanted_max_model_len
-from cupaged.outputs import RequestOutput
-from cupaged.sampling_params import RequestOutputKind, SamplingParams
+from cupaged.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from cupaged.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from cupaged.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+Params = SamplingParams | BeamSearchParams
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: Params | Sequence[Params] | None = None,
         *,
         priority: int | Sequence[int] = 0,
         cache_salt: str | None = None,
@@ -123,13 +124,14 @@ class LLM:
         """Continue one prompt or several, which run as one batch; a result for each, in their order.
 
         prompts: text or token ids, or a list of such. sampling_params: one for all, one for each, or None for
-        get_default_sampling_params(). priority: one for all, or one for each; with scheduling_policy "priority", lower
-        values are served first. cache_salt: cached prefixes are shared only with requests of the same salt.
+        get_default_sampling_params(); BeamSearchParams give the outputs of a beam search, the best first.
+        priority: one for all, or one for each; with scheduling_policy "priority", lower values are served first.
+        cache_salt: cached prefixes are shared only with requests of the same salt.
 
         Raises ValueError that names the prompt that can't be run, and QueueFullError.
         """
         prompts = [prompts] if _is_one_prompt(prompts) else list(prompts)
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+        if sampling_params is None or isinstance(sampling_params, Params):
             sampling_params = [sampling_params or self._sampling_defaults] * len(prompts)
         if len(sampling_params) != len(prompts):
             raise ValueError(
@@ -156,7 +158,7 @@ class LLM:
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: Params | Sequence[Params] | None = None,
         **template_variables: Any,
     ) -> list[RequestOutput]:
         """The assistant's next message in one conversation or several; otherwise as `generate`.
@@ -169,9 +171,41 @@ class LLM:
         conversations = [messages] if one else messages
         return self.generate([tokenizer.chat(c, **template_variables) for c in conversations], sampling_params)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def beam_search(
+        self, prompts: Prompt | Mapping[str, Any] | Sequence[Prompt | Mapping[str, Any]], params: BeamSearchParams
+    ) -> list[BeamSearchOutput]:
+        """Search for the likeliest continuations of each prompt, as vLLM's LLM.beam_search does: params.beam_width
+        sequences, the best first. generate() does the same, and gives RequestOutputs.
+
+        prompts: as for `generate`; vLLM's {"prompt": text} and {"prompt_token_ids": [...]} will do as well.
+        """
+        require(isinstance(params, BeamSearchParams), "params", params, "BeamSearchParams")
+        prompts = [prompts] if isinstance(prompts, Mapping) or _is_one_prompt(prompts) else prompts
+        results = self.generate([_without_mapping(prompt) for prompt in prompts], params)
+        return [self._beam_search_output(result) for result in results]
+
+    def _beam_search_output(self, result: RequestOutput) -> BeamSearchOutput:
+        prompt, tokenizer = result.prompt, self.engine.tokenizer
+        if prompt is None:
+            prompt = tokenizer.decode(result.prompt_token_ids) if tokenizer is not None else ""
+        return BeamSearchOutput(
+            [
+                BeamSearchSequence(
+                    tokens=result.prompt_token_ids + completion.token_ids,
+                    logprobs=completion.logprobs,
+                    text=prompt + completion.text,
+                    cum_logprob=completion.cumulative_logprob,
+                    finish_reason=completion.finish_reason,
+                    stop_reason=completion.stop_reason,
+                )
+                for completion in result.outputs
+            ]
+        )
+
+    def stream(self, prompt: Prompt, sampling_params: Params | None = None) -> Iterator[RequestOutput]:
         """Continue one prompt, with an output for each token: the whole text so far, or what is new in it if
-        sampling_params.output_kind is DELTA. Breaking off the iteration ends the request."""
+        sampling_params.output_kind is DELTA. Of a beam search that is what all beams agree on, and at its end all that
+        it found. Breaking off the iteration ends the request."""
         if not _is_one_prompt(prompt):
             raise ValueError("prompt must be text or token ids; generate() takes several")
         token_ids = self.engine.encode(prompt)  # so that a bad prompt raises here, not at the first output
@@ -243,7 +277,7 @@ class LLM:
 
     # -- requests ------------------------------------------------------------------------------------------
 
-    def _add(self, prompt: str | Iterable[int], params: SamplingParams, **options) -> str:
+    def _add(self, prompt: str | Iterable[int], params: Params, **options) -> str:
         request_id = str(self._num_requests)
         self._num_requests += 1
         self._outputs[request_id] = deque()
@@ -272,6 +306,15 @@ class LLM:
         del self._outputs[request_id]
         if self._engine is not None:
             self._engine.abort(request_id)
+
+
+def _without_mapping(prompt):
+    if not isinstance(prompt, Mapping):
+        return prompt
+    for key in ("prompt_token_ids", "prompt"):
+        if key in prompt:
+            return prompt[key]
+    raise ValueError(f"prompt must have 'prompt' or 'prompt_token_ids'; got {prompt!r:.100}")
 
 
 def _is_one_prompt(prompts) -> bool:

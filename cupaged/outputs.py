@@ -29,6 +29,25 @@ class CompletionOutput:
 
 
 @dataclass
+class BeamSearchSequence:
+    """One of the sequences that LLM.beam_search found. tokens and text begin with the prompt."""
+
+    tokens: list[int]
+    logprobs: list[dict[int, Logprob]] | None  # per generated token, if asked for
+    text: str
+    cum_logprob: float  # of the generated tokens
+    finish_reason: str | None  # as in CompletionOutput
+    stop_reason: int | str | None
+
+
+@dataclass
+class BeamSearchOutput:
+    """What LLM.beam_search found for a prompt, the best first."""
+
+    sequences: list[BeamSearchSequence]
+
+
+@dataclass
 class RequestMetrics:
     """Times in seconds on `time.monotonic()`'s clock."""
 

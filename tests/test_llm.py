@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from cupaged import LLM, SamplingParams
+from cupaged import LLM, BeamSearchParams, SamplingParams
 from cupaged.backends.cuda import Probe
 from cupaged.errors import CupagedError, DeviceError, ModelNotFoundError, OutOfMemoryError, QueueFullError
 from cupaged.sampling_params import RequestOutputKind
@@ -138,6 +138,45 @@ def test_a_prompt_that_can_not_run_is_named_and_nothing_stays_behind(llm, prompt
         with pytest.raises(ValueError, match=message):
             llm.stream(prompt, SHORT)
     assert llm.generate("fine", SHORT)[0].finished
+
+
+# -- beam search --------------------------------------------------------------------------------------------
+
+
+def test_beam_search_has_the_shape_that_vllm_users_know(llm, golden):
+    prompts, params = golden[0][:3], BeamSearchParams(beam_width=3, max_tokens=8, logprobs=2)
+    results = llm.beam_search([{"prompt_token_ids": prompts[0]}, *prompts[1:]], params)
+    outputs = llm.generate(prompts, params)
+    for prompt, result, output in zip(prompts, results, outputs, strict=True):
+        assert [s.tokens for s in result.sequences] == [prompt + c.token_ids for c in output.outputs]
+        text = llm.get_tokenizer().decode(prompt)
+        assert [s.text for s in result.sequences] == [text + c.text for c in output.outputs]
+        scores = [s.cum_logprob / len(s.logprobs) for s in result.sequences]
+        assert scores == sorted(scores, reverse=True)
+        for sequence in result.sequences:
+            new = sequence.tokens[len(prompt) :]
+            chosen = [entries[token].logprob for token, entries in zip(new, sequence.logprobs, strict=True)]
+            assert sequence.cum_logprob == pytest.approx(sum(chosen), abs=1e-5)
+            assert sequence.finish_reason in ("stop", "length")
+
+
+def test_beam_search_of_text(llm):
+    [by_text], [by_mapping] = (
+        llm.beam_search(prompt, BeamSearchParams(2, 5)) for prompt in ("Hello", {"prompt": "Hello"})
+    )
+    assert by_text == by_mapping
+    assert all(sequence.text.startswith("Hello") for sequence in by_text.sequences)
+    with pytest.raises(ValueError, match="'prompt' or 'prompt_token_ids'"):
+        llm.beam_search([{"text": "Hello"}], BeamSearchParams(2, 5))
+    with pytest.raises(ValueError, match="params must be BeamSearchParams"):
+        llm.beam_search("Hello", SHORT)
+
+
+def test_a_streamed_beam_search_ends_with_what_generate_gives(llm, golden):
+    params = BeamSearchParams(3, 20, ignore_eos=True)
+    *_, last = llm.stream(golden[0][2], params)
+    [whole] = llm.generate(golden[0][2], params)
+    assert [(c.token_ids, c.text) for c in last.outputs] == [(c.token_ids, c.text) for c in whole.outputs]
 
 
 # -- chat and stream ----------------------------------------------------------------------------------------

@@ -109,6 +109,17 @@ def test_penalties_change_the_draws(cupaged, tiny_model):
     assert ids() != ids("--presence-penalty", 2)
 
 
+def test_beam_search(cupaged, tiny_model):
+    (plain,) = generate_json(cupaged, tiny_model, "Hello", "-n", 12, "--ignore-eos", "--logprobs", 0)
+    (found,) = generate_json(cupaged, tiny_model, "Hello", "-n", 12, "--ignore-eos", "--beam-width", 4)
+    best, *others = found["beams"]
+    assert best["token_ids"] == found["token_ids"]
+    assert len(others) == 3
+    assert best["cumulative_logprob"] >= sum(entry["logprob"] for entry in plain["logprobs"]) - 1e-4
+    run = cupaged("generate", "-m", tiny_model, "Hello", "-n", 12, "--ignore-eos", "--beam-width", 4, *GREEDY)
+    assert run.out == found["text"] + "\n"
+
+
 def test_stats(cupaged, tiny_model):
     run = cupaged("generate", "-m", tiny_model, "Hello", "-n", 4, "--stats", *GREEDY)
     for word in ("load:", "time to first token:", "tokens/s", "KV cache:", "waste"):
@@ -127,6 +138,9 @@ def test_stats(cupaged, tiny_model):
         (["x", "--min-p", "2"], 2, "min_p"),
         (["x", "--repeat-penalty", "0"], 2, "repetition_penalty"),
         (["x", "--presence-penalty", "3"], 2, "presence_penalty"),
+        (["x", "--beam-width", "0"], 2, "beam_width"),
+        (["x", "--beam-width", "2", "--top-p", "0.9"], 2, "--top-p"),
+        (["x", "--length-penalty", "2"], 2, "--beam-width"),
         (["x", "--logprobs", "2"], 2, "--json"),
         (["x", "--json", "--logprobs", "99"], 2, "logprobs"),
         (["x", "--block-size", "12"], 2, "block_size"),
