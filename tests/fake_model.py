@@ -1,5 +1,5 @@
-"""An engine around a model that only remembers: its next token is a hash of all tokens before, as the KV cache holds
-them. A wrong block table, a block freed too early or used twice changes the output, and no schedule may.
+"""An engine around a model that only remembers: its next token is a hash of all tokens before (with a sliding window,
+of those in it), as the KV cache holds them. A wrong block table, a block freed too early or used twice changes the output, and no schedule may.
 """
 
 import zlib
@@ -9,6 +9,7 @@ import numpy as np
 
 from cupaged.backends import sampling_reference
 from cupaged.config import EngineConfig, ModelConfig
+from cupaged.engine.block_pool import NULL_BLOCK
 from cupaged.engine.engine import Engine
 from cupaged.engine.sequence import SequenceState
 from cupaged.errors import OutOfMemoryError
@@ -41,11 +42,11 @@ def drawn_token(best: int, seed: int, counter: int) -> int:
     return zlib.crc32(f"{best} {seed} {counter}".encode()) % VOCAB_SIZE
 
 
-def expected_output(prompt, num_tokens, *, seed=None, ignore_eos=False) -> list[int]:
+def expected_output(prompt, num_tokens, *, seed=None, ignore_eos=False, window=None) -> list[int]:
     """What a request gives, as a function of the prompt alone. seed None: greedy."""
     token_ids = list(prompt)
     for counter in range(num_tokens):
-        token = most_likely_token(token_ids)
+        token = most_likely_token(token_ids if window is None else token_ids[-window:])
         token_ids.append(token if seed is None else drawn_token(token, seed, counter))
         if token_ids[-1] == EOS and not ignore_eos:
             break
@@ -123,10 +124,11 @@ class FakeDecoder:
     """Writes tokens where the model would write K, positions where it would write V, and reads them back.
 
     fail: raise instead of computing the next step. during_forward: is called in each step. nan_after: a token id; a
-    sequence that ends with it gets NaN.
+    sequence that ends with it gets NaN. window: it looks at so many tokens, the last one included.
     """
 
-    def __init__(self):
+    def __init__(self, window: int | None = None):
+        self.window = window
         self.fail: BaseException | None = None
         self.during_forward = None
         self.nan_after: int | None = None
@@ -138,7 +140,7 @@ class FakeDecoder:
             raise error
         if self.during_forward is not None:
             self.during_forward()
-        check_batch(batch, arena)
+        check_batch(batch, arena, self.window)
         self.batches.append((batch.num_decodes, np.diff(batch.query_start_loc).tolist()))
         slabs, indices, offsets = locate(batch.slot_mapping, arena)
         for slab, index, offset, token, position in zip(
@@ -150,7 +152,8 @@ class FakeDecoder:
         memory = np.stack(arena.slabs)
         for row, last in zip(logits, batch.logits_indices, strict=True):
             i = int(np.searchsorted(batch.query_start_loc, last, side="right")) - 1
-            positions, block_size = np.arange(batch.positions[last] + 1), arena.layout.block_size
+            end, block_size = batch.positions[last] + 1, arena.layout.block_size
+            positions = np.arange(0 if self.window is None else max(0, end - self.window), end)
             slots = batch.block_tables[i][positions // block_size] * block_size + positions % block_size
             slabs, indices, offsets = locate(slots, arena)
             token_ids, written_positions = memory[slabs, 0, :, indices, 0, offsets, 0].T
@@ -187,7 +190,7 @@ def locate(slots, arena):
     return *np.divmod(block_ids, arena.layout.blocks_per_slab), offsets
 
 
-def check_batch(batch, arena):
+def check_batch(batch, arena, window=None):
     """The promises of Batch's docstring."""
     arrays = {k: v for k, v in vars(batch).items() if isinstance(v, np.ndarray)}
     assert len(arrays) == 7
@@ -209,7 +212,11 @@ def check_batch(batch, arena):
         assert (batch.positions[tokens] == expected).all()
         blocks, offsets = batch.block_tables[i][expected // arena.layout.block_size], expected % arena.layout.block_size
         assert (batch.slot_mapping[tokens] == blocks * arena.layout.block_size + offsets).all()
-        assert (blocks < arena.num_blocks).all()
+        first = 0 if window is None else max(0, expected[0] + 1 - window) // arena.layout.block_size
+        needed = batch.block_tables[i, first : expected[-1] // arena.layout.block_size + 1]
+        assert (needed >= 0).all()
+        assert (batch.block_tables[i, :first] == -1).all()
+        assert all(arena.slabs[block_id // arena.layout.blocks_per_slab] is not None for block_id in needed)
     assert len(np.unique(batch.slot_mapping)) == batch.num_tokens
 
 
@@ -218,7 +225,11 @@ def make_engine(num_blocks=64, tokenizer=None, model=MODEL, **config) -> Engine:
     config = {"block_size": 8, "seed": 1, "max_model_len": 8 * num_blocks, **config}
     num_bytes = num_blocks * config["block_size"] * BYTES_PER_TOKEN
     return Engine(
-        EngineConfig(kv_cache_memory_bytes=num_bytes, **config), model, FakeDecoder(), FakeBackend(), tokenizer
+        EngineConfig(kv_cache_memory_bytes=num_bytes, **config),
+        model,
+        FakeDecoder(model.sliding_window),
+        FakeBackend(),
+        tokenizer,
     )
 
 
@@ -246,18 +257,17 @@ def audit(engine):
         for seq in request.unfinished:
             assert seq.state is SequenceState.RUNNING
             for block_id in seq.block_table:
-                references[block_id] += 1
-            slots = np.array(seq.block_table, int)[np.arange(seq.num_cached_tokens) // block_size] * block_size
-            slots += np.arange(seq.num_cached_tokens) % block_size
-            assert tokens_at(slots, engine.arena).tolist() == seq.token_ids[: seq.num_cached_tokens]
+                if block_id != NULL_BLOCK:
+                    references[block_id] += 1
+            assert cached_tokens(engine, seq, seq.block_table, engine.arena) == seq.token_ids[: seq.num_cached_tokens]
     for request in scheduler.waiting:
         assert not any(seq.block_table for seq in request.sequences)
         for seq in request.active:
-            slots = np.array(seq.swapped_table, int)[np.arange(seq.num_cached_tokens) // block_size] * block_size
-            slots += np.arange(seq.num_cached_tokens) % block_size
-            assert tokens_at(slots, engine.swap_arena).tolist() == seq.token_ids[: seq.num_cached_tokens]
+            cached = cached_tokens(engine, seq, seq.swapped_table, engine.swap_arena)
+            assert cached == seq.token_ids[: seq.num_cached_tokens]
     if engine.swap is not None:
         swapped = {b for request in scheduler.waiting for seq in request.active for b in seq.swapped_table}
+        swapped -= {NULL_BLOCK}
         assert engine.swap.pool.num_blocks - engine.swap.pool.num_free_blocks == len(swapped)
         engine.swap_arena.poison(engine.swap.pool.unused_blocks())
     assert {b: pool.ref_count(b) for b in references} == references
@@ -278,6 +288,15 @@ def preempt(engine, request):
     engine.scheduler.preempt(request)
     if engine.swap is not None and (outs := engine.swap.take_outs()):
         engine._swap(engine.swap_arena, engine.arena, outs)
+
+
+def cached_tokens(engine, seq, table, arena) -> list[int]:
+    """What the cache holds of `seq`; its own tokens where they are before the window."""
+    block_size = engine.config.block_size
+    start = engine.blocks.first_needed_block(seq.num_cached_tokens) * block_size
+    positions = np.arange(start, seq.num_cached_tokens)
+    slots = np.array(table, int)[positions // block_size] * block_size + positions % block_size
+    return [*seq.token_ids[:start], *tokens_at(slots, arena).tolist()]
 
 
 def tokens_at(slots, arena):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from cupaged.engine.block_pool import BlockPool
+from cupaged.engine.block_pool import NULL_BLOCK, BlockPool
 from cupaged.engine.prefix import PrefixBlock
 from cupaged.engine.sequence import Sequence, SequenceState
 
@@ -44,7 +44,11 @@ def _audit_sequences(engine: Engine, running: list[Sequence], waiting: list[Sequ
         name, request = _name(seq), seq.request
         if seq.state is not SequenceState.RUNNING:
             yield f"{name} is {seq.state.value}, but its request runs"
-        if len(set(seq.block_table)) != len(seq.block_table):
+        start = engine.blocks.first_needed_block(seq.num_cached_tokens)
+        needed = seq.block_table[start:]
+        if NULL_BLOCK in needed or set(seq.block_table[:start]) - {NULL_BLOCK}:
+            yield f"{name} needs its blocks from number {start} on, but has {seq.block_table}"
+        if len(set(needed)) != len(needed):
             yield f"{name} has a block twice in its table {seq.block_table}"
         if seq.num_cached_tokens > len(seq.block_table) * block_size:
             yield f"{name} has {seq.num_cached_tokens} tokens in {len(seq.block_table)} blocks"
@@ -78,7 +82,7 @@ def _audit_swap_space(engine: Engine, waiting: list[Sequence]):
 
 def _audit_pool(pool: BlockPool, arena: KVArena, tables: list[list[int]]):
     """Are the blocks of a pool held as often as it says, or in the right queue?"""
-    held = Counter(block_id for table in tables for block_id in table)
+    held = Counter(block_id for table in tables for block_id in table if block_id != NULL_BLOCK)
     for block_id in range(pool.num_blocks):
         if pool.ref_count(block_id) != held[block_id]:
             yield f"block {block_id} has {pool.ref_count(block_id)} references, but {held[block_id]} tables hold it"
@@ -126,7 +130,7 @@ def _audit_prefix(engine: Engine, seq: Sequence):
     if seq.link is not None and seq.block_table and seq.num_registered_blocks != num_full:
         yield f"{_name(seq)} has {num_full} full blocks, of which {seq.num_registered_blocks} were registered"
     for i, block_id in enumerate(seq.block_table):
-        content = engine.pool.content(block_id)
+        content = engine.pool.content(block_id) if block_id != NULL_BLOCK else None
         if content is not None and (i >= num_full or content.prefix != blocks[i]):
             yield f"block {block_id}, number {i} of {_name(seq)}, can be found by tokens that it does not hold"
 

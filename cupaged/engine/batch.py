@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cupaged.engine.block_pool import NULL_BLOCK
+
 if TYPE_CHECKING:
     from cupaged.engine.scheduler import Schedule
 
@@ -27,7 +29,9 @@ class Batch:
     slot_mapping: Array  # [num_tokens] block id * block_size + offset; -1 writes nothing
     query_start_loc: Array  # [num_seqs + 1] prefix sums of the query lengths
     seq_lens: Array  # [num_seqs] tokens attended to, this step's included; 0 only in padding
-    block_tables: Array  # [num_seqs, max_blocks] block ids in token order; entries past seq_len are never read
+    # [num_seqs, max_blocks] block ids in token order; entries past seq_len are never read, nor those wholly before the
+    # sliding window of the first query token, which are -1.
+    block_tables: Array
     logits_indices: Array  # [num_logits] tokens of the step whose logits are wanted
     num_decodes: int  # leading sequences with exactly one query token
     max_query_len: int  # over the sequences after the decodes; 0 when there are none
@@ -47,10 +51,13 @@ class BatchBuilder:
 
     It keeps the block tables of the running sequences, a row each, and adds only what a step brought, so that a
     step costs a few NumPy calls and one look at each sequence, however long they are.
+
+    window: the model's, in tokens; None for none.
     """
 
-    def __init__(self, *, max_num_seqs: int, max_model_len: int, block_size: int):
+    def __init__(self, *, max_num_seqs: int, max_model_len: int, block_size: int, window: int | None = None):
         self.block_size = block_size
+        self.window = window
         self._block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
         self._num_blocks = [0] * max_num_seqs  # how much of each row is up to date
         # Whose tables the rows hold. A sequence gets a new list whenever it loses its blocks, so the list itself
@@ -85,13 +92,18 @@ class BatchBuilder:
         block_ids = self._block_tables[np.repeat(rows, num_tokens), positions // self.block_size]
         slot_mapping = block_ids * self.block_size + positions % self.block_size
 
+        block_tables = self._block_tables[rows, : -(-max_seq_len // self.block_size)]
+        if self.window is not None:
+            first_needed = (num_cached + 1 - self.window) // self.block_size
+            block_tables[np.arange(block_tables.shape[1]) < first_needed[:, None]] = NULL_BLOCK
+
         return Batch(
             token_ids=token_ids,
             positions=positions,
             slot_mapping=slot_mapping,
             query_start_loc=query_start_loc,
             seq_lens=seq_lens,
-            block_tables=self._block_tables[rows, : -(-max_seq_len // self.block_size)],
+            block_tables=block_tables,
             logits_indices=query_start_loc[1:][sampled] - np.int32(1),
             num_decodes=num_decodes,
             max_query_len=max(schedule.num_tokens[num_decodes:], default=0),

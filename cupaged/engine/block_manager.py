@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cupaged.engine.block_pool import Block, BlockPool
+from cupaged.engine.block_pool import NULL_BLOCK, Block, BlockPool
 from cupaged.engine.prefix import PrefixHasher
 from cupaged.engine.sequence import Sequence
 
@@ -14,13 +14,18 @@ class BlockManager:
     the cache, full ones only. Whoever writes into a block that others hold as well gets a copy of it first; the last
     holder writes into the original.
 
-    hasher: names the contents of full blocks; None shares nothing between requests.
+    With a sliding window, a sequence gives up the blocks that none of its next tokens attends to, and its table has
+    NULL_BLOCK in their places. They stay in the cache as all free blocks do, and a prefix is found only as long as it
+    is there from its first block on, though a part may lie before the window and be given up at once.
+
+    hasher: names the contents of full blocks; None shares nothing between requests. window: of the model, in tokens.
     """
 
-    def __init__(self, pool: BlockPool, block_size: int, hasher: PrefixHasher | None = None):
+    def __init__(self, pool: BlockPool, block_size: int, hasher: PrefixHasher | None = None, window: int | None = None):
         self.pool = pool
         self.block_size = block_size  # tokens
         self.hasher = hasher
+        self.window = window
         self.num_copies = 0  # blocks copied on write so far
         self._copies: dict[int, int] = {}  # destination -> source, to be copied before this step computes
         self._computing: set[bytes] = set()  # digests of the blocks that chunks of this step fill
@@ -71,6 +76,7 @@ class BlockManager:
         seq.num_cached_tokens = len(shared) * self.block_size
         seq.num_registered_blocks = len(shared)
         seq.link = found[-1].content.serial if found else seq.request.prefix_key
+        self._free_before_window(seq, 0)
         return True
 
     def allocate_slots(self, seq: Sequence, num_tokens: int) -> bool:
@@ -119,6 +125,17 @@ class BlockManager:
                 self._copies.pop(block_id, None)
         self.pool.free(reversed(block_table))
 
+    def first_needed_block(self, num_cached_tokens: int) -> int:
+        """The first block that the tokens after so many cached ones attend to."""
+        return 0 if self.window is None else max(0, num_cached_tokens + 1 - self.window) // self.block_size
+
+    def _free_before_window(self, seq: Sequence, start: int) -> None:
+        """Give up the blocks from `start` on that are before the window of the next token."""
+        end = self.first_needed_block(seq.num_cached_tokens)
+        if end > start:
+            self.pool.free(reversed(seq.block_table[start:end]))
+            seq.block_table[start:end] = [NULL_BLOCK] * (end - start)
+
     def source_of(self, block_id: int) -> int:
         """The block that holds the contents of this one, which may be a copy that is not made yet."""
         return self._copies.get(block_id, block_id)
@@ -153,9 +170,12 @@ class BlockManager:
     def advance(self, seq: Sequence, num_tokens: int) -> None:
         """The next `num_tokens` tokens of `seq` are computed now. Blocks that are full become findable, not before:
         nobody can read what is not written yet."""
-        end = seq.num_cached_tokens = seq.num_cached_tokens + num_tokens
+        start = seq.num_cached_tokens
+        end = seq.num_cached_tokens = start + num_tokens
         if end // self.block_size > seq.num_registered_blocks:
             self._register(seq, end // self.block_size)
+        if self.window is not None:
+            self._free_before_window(seq, self.first_needed_block(start))
 
     def reset_prefix_cache(self, sequences: list[Sequence]) -> None:
         """Forget all contents, and do not take up those that these sequences compute on top of them."""

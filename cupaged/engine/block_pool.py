@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from cupaged.engine.prefix import Link, PrefixBlock
 
+NULL_BLOCK = -1  # in a block table: what was there is not needed any more
+
 
 @dataclass(frozen=True, slots=True)
 class Content:
@@ -163,8 +165,10 @@ class BlockPool:
         return block_ids
 
     def share(self, block_ids: Iterable[int]) -> None:
-        """One more reference to each of these blocks, which are in use already, or cached."""
+        """One more reference to each of these blocks, which are in use already, or cached; NULL_BLOCK is skipped."""
         for block_id in block_ids:
+            if block_id == NULL_BLOCK:
+                continue
             block = self._blocks[block_id]
             if block.ref_count == 0:
                 if block.content is None:
@@ -174,8 +178,11 @@ class BlockPool:
             self.num_references += 1
 
     def free(self, block_ids: Iterable[int]) -> None:
-        """One reference less; the blocks without any left go to the end of their queue, in this order."""
+        """One reference less; the blocks without any left go to the end of their queue, in this order. NULL_BLOCK is
+        skipped."""
         for block_id in block_ids:
+            if block_id == NULL_BLOCK:
+                continue
             block = self._blocks[block_id]
             if block.ref_count == 0:
                 raise RuntimeError(f"block {block_id} is freed twice")

@@ -93,7 +93,7 @@ class Engine:
         self.pool = BlockPool(self.arena.grow)
         self.pool.add_blocks(self._first_blocks())
         self.hasher = PrefixHasher(config.block_size) if config.enable_prefix_caching else None
-        self.blocks = BlockManager(self.pool, config.block_size, self.hasher)
+        self.blocks = BlockManager(self.pool, config.block_size, self.hasher, model.sliding_window)
         self.swap_arena, self.swap = None, None
         if num_bytes := swap_space_bytes(config, backend):
             self.swap_arena = self._make_swap_arena(num_bytes)
@@ -115,6 +115,7 @@ class Engine:
             vocab_size=model.vocab_size if tokenizer is None else min(model.vocab_size, tokenizer.vocab_size),
             max_num_seqs=self.scheduler.max_num_seqs,
             max_model_len=self.max_model_len,
+            window=model.sliding_window,
         )
         self._requests: dict[str, Request] = {}
         self._rng = random.Random(config.seed)

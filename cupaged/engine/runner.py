@@ -27,18 +27,30 @@ class StepResult:
 class Runner:
     """decoder: models.decoder.Decoder, or whatever has its `forward(batch, arena)`.
 
-    vocab_size: ids from here on are never drawn. max_num_seqs: the most sequences a step may hold.
+    vocab_size: ids from here on are never drawn. max_num_seqs: the most sequences a step may hold. window: the model's,
+    in tokens; None for none.
     """
 
     def __init__(
-        self, backend: Backend, decoder, arena: KVArena, *, vocab_size: int, max_num_seqs: int, max_model_len: int
+        self,
+        backend: Backend,
+        decoder,
+        arena: KVArena,
+        *,
+        vocab_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        window: int | None = None,
     ):
         self.backend = backend
         self.decoder = decoder
         self.arena = arena
         self.vocab_size = vocab_size
         self._batches = BatchBuilder(
-            max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=arena.layout.block_size
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            block_size=arena.layout.block_size,
+            window=window,
         )
         self._pairs = backend.empty((max(max_num_seqs, MIN_PAIRS), 2), np.int32)
         self._sampler = Sampler(backend, vocab_size=vocab_size, max_num_seqs=max_num_seqs)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from itertools import chain
 
 from cupaged.engine.block_manager import BlockManager
-from cupaged.engine.block_pool import BlockPool
+from cupaged.engine.block_pool import NULL_BLOCK, BlockPool
 from cupaged.engine.sequence import Request, Sequence
 
 # Of the bus until a copy has been measured: about half of what PCIe 4.0 with 16 lanes does.
@@ -57,18 +59,18 @@ class SwapSpace:
 
     def pays(self, request: Request) -> bool:
         """Whether copying what `request` has computed out and in again takes less time than computing it again."""
-        held = {block_id for seq in request.active for block_id in self._computed_blocks(seq)}
+        held = _distinct(self._computed_blocks(seq) for seq in request.active)
         num_bytes = 2 * len(held) * self.bytes_per_block
         return num_bytes / self.copy_rate.per_second < request.num_computed_tokens / self.prefill_rate.per_second
 
     def swap_out(self, request: Request) -> bool:
         """Move what `request` has computed here, out of the cache; False, and nothing done, if there is no room."""
-        held = dict.fromkeys(block_id for seq in request.active for block_id in self._computed_blocks(seq))
+        held = _distinct(self._computed_blocks(seq) for seq in request.active)
         kept = self.pool.allocate(len(held))
         if not kept:
             return False
         self._outs.update(zip(kept, held, strict=True))
-        copy_of = dict(zip(held, kept, strict=True))
+        copy_of = {NULL_BLOCK: NULL_BLOCK, **dict(zip(held, kept, strict=True))}
         for seq in request.active:
             seq.swapped_table = [copy_of[block_id] for block_id in self._computed_blocks(seq)]
             self.pool.share(seq.swapped_table)
@@ -82,7 +84,7 @@ class SwapSpace:
     def num_blocks_to_resume(self, request: Request) -> int:
         """Blocks of the cache that `request` needs to come back and compute all that it has not computed."""
         block_size = self.blocks.block_size
-        needed, written = len({block_id for seq in request.active for block_id in seq.swapped_table}), Counter()
+        needed, written = len(_distinct(seq.swapped_table for seq in request.active)), Counter()
         for seq in request.active:
             needed += -(-request.num_wanted_tokens(seq) // block_size) - len(seq.swapped_table)
             if seq.num_cached_tokens % block_size:
@@ -95,18 +97,19 @@ class SwapSpace:
         pool, block_size = self.blocks.pool, self.blocks.block_size
         if not pool.can_allocate(self.num_blocks_to_resume(request) + spare):
             return False
-        kept = list(dict.fromkeys(block_id for seq in request.active for block_id in seq.swapped_table))
+        kept = _distinct(seq.swapped_table for seq in request.active)
         restored = pool.allocate(len(kept))
         self._ins += zip(kept, restored, strict=True)
-        block_of = dict(zip(kept, restored, strict=True))
+        block_of = {NULL_BLOCK: NULL_BLOCK, **dict(zip(kept, restored, strict=True))}
         for seq in request.active:
             table = [block_of[block_id] for block_id in seq.swapped_table]
             pool.share(table)
             missing = -(-request.num_wanted_tokens(seq) // block_size) - len(table)
             seq.block_table = table + pool.allocate(missing)
-            # They have other blocks now, which can be found when they are written.
+            # It has other blocks now, which can be found when they are written; unless the first are not there, on
+            # which the others hang.
             seq.num_registered_blocks = 0
-            seq.link = None if seq.link is None else request.prefix_key
+            seq.link = None if seq.link is None or NULL_BLOCK in table else request.prefix_key
             self.pool.free(seq.swapped_table)
             seq.swapped_table = []
         pool.free(restored)  # the tables hold them now
@@ -115,7 +118,7 @@ class SwapSpace:
     def free(self, seq: Sequence) -> None:
         """Give up what is kept of `seq`."""
         self.pool.free(reversed(seq.swapped_table))
-        for block_id in seq.swapped_table:
+        for block_id in _distinct([seq.swapped_table]):
             if self.pool.ref_count(block_id) == 0:
                 self._outs.pop(block_id, None)
         seq.swapped_table = []
@@ -141,3 +144,8 @@ class SwapSpace:
         """Where what `seq` has computed lies now: one of the blocks may be a copy that is not made yet."""
         num_blocks = -(-seq.num_cached_tokens // self.blocks.block_size)
         return [self.blocks.source_of(block_id) for block_id in seq.block_table[:num_blocks]]
+
+
+def _distinct(tables: Iterable[list[int]]) -> list[int]:
+    """The blocks that are in any of the tables, each once."""
+    return [block_id for block_id in dict.fromkeys(chain.from_iterable(tables)) if block_id != NULL_BLOCK]

@@ -7,7 +7,7 @@ CUPAGED_WALKS sets the number of walks, for a longer run.
 import os
 import random
 
-from fake_model import VOCAB_SIZE, audit, expected_output, make_engine, preempt
+from fake_model import VOCAB_SIZE, audit, expected_output, make_engine, model_with, preempt
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
@@ -31,10 +31,11 @@ class EngineWalk(RuleBasedStateMachine):
         scheduling_policy=st.sampled_from(["fcfs", "priority"]),
         hash_bytes=st.sampled_from([None, None, None, 0, 1]),
         preemption_mode=st.sampled_from(["recompute", "swap"]),
+        window=st.sampled_from([None, None, 1, 5, 8, 19]),
         swap_space_bytes=st.sampled_from([1, 3, 20]).map(lambda num_blocks: num_blocks * 128),
     )
-    def start(self, hash_bytes, **config):
-        self.engine = make_engine(**config)
+    def start(self, hash_bytes, window, **config):
+        self.engine = make_engine(model=model_with(sliding_window=window), **config)
         if hash_bytes is not None and self.engine.hasher is not None:
             self.engine.hasher.hash_block = lambda parent, data: bytes([(sum(parent) + sum(data)) % 7][:hash_bytes])
         self.by_priority = config["scheduling_policy"] == "priority"
@@ -158,7 +159,13 @@ class EngineWalk(RuleBasedStateMachine):
                 tokens = self.received[output.request_id][completion.index]
                 tokens += completion.token_ids
                 seed = None if params.seed is None else params.seed + completion.index
-                expected = expected_output(prompt, params.max_tokens, seed=seed, ignore_eos=params.ignore_eos)
+                expected = expected_output(
+                    prompt,
+                    params.max_tokens,
+                    seed=seed,
+                    ignore_eos=params.ignore_eos,
+                    window=self.engine.model.sliding_window,
+                )
                 expected = expected[: self.engine.max_model_len - len(prompt)]
                 assert tokens == expected[: len(tokens)]
                 if completion.finish_reason == "error":
