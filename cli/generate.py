@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from cupaged.cli.live import LiveView, is_drawable
 from cupaged.cli.options import Size, model_options
 
 if TYPE_CHECKING:
@@ -44,6 +46,18 @@ HEADER_WIDTH = 60
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a prompt.")
 @click.option("--no-stream", is_flag=True, help="Print when finished, not as it generates.")
 @click.option("--stats", is_flag=True, help="Times, tokens a second and KV cache use, on stderr.")
+@click.option(
+    "--stats-live",
+    is_flag=True,
+    help="--stats, and on stderr, if it is a terminal, a view of blocks and batch while it generates. "
+    "Text is printed at the end then.",
+)
+@click.option(
+    "--trace",
+    type=click.File("w", lazy=False),
+    metavar="FILE.json",
+    help="Write what happened when: for chrome://tracing, Perfetto and plot-trace.",
+)
 @click.option("--max-num-seqs", type=int, default=256, show_default=True, help="Most prompts that run at once.")
 @click.option(
     "--enable-prefix-caching/--no-enable-prefix-caching",
@@ -69,6 +83,8 @@ def generate(
     as_json,
     no_stream,
     stats,
+    stats_live,
+    trace,
     model,
     device,
     dtype,
@@ -92,6 +108,16 @@ def generate(
         _check_sampling(sampling, logprobs)
 
     from cupaged.llm import LLM
+    from cupaged.trace import Trace
+
+    view = LiveView(sys.stderr) if stats_live and is_drawable(sys.stderr) else None
+    recorder = Trace() if trace is not None else None
+
+    def on_step(*step) -> None:
+        if recorder is not None:
+            recorder.record(*step)
+        if view is not None:
+            view.update(*step)
 
     started = time.monotonic()
     with LLM(
@@ -108,15 +134,20 @@ def generate(
         gpu_memory_utilization=gpu_memory_utilization,
         offline=offline,
         progress=lambda line: click.echo(line, err=True),
+        on_step=on_step,
     ) as llm:
         click.echo(llm.device_note, err=True)
         params = beam_params or _sampling_params(llm, sampling, logprobs)
         inputs: list[Any] = [_chat_ids(llm, text, system) if chat or system else text for text in texts]
         loaded = time.monotonic()
-        if len(texts) == 1 and not (as_json or no_stream):
-            results = [_stream(llm, inputs[0], params)]
-        else:
-            results = llm.generate(inputs, params)
+        streams = len(texts) == 1 and not (as_json or no_stream or view is not None)
+        with ExitStack() as watching:
+            if recorder is not None:
+                watching.callback(recorder.write, trace)
+            if view is not None:
+                watching.enter_context(view)
+            results = [_stream(llm, inputs[0], params)] if streams else llm.generate(inputs, params)
+        if not streams:
             for index, (text, result) in enumerate(zip(texts, results, strict=True)):
                 if as_json:
                     click.echo(json.dumps(_as_json(index, text, result), ensure_ascii=False))
@@ -124,7 +155,7 @@ def generate(
                     if len(texts) > 1:
                         click.echo(f"# [{index + 1}/{len(texts)}] {_header(text)}")
                     click.echo(result.outputs[0].text)
-        if stats:
+        if stats or stats_live:
             click.echo(_stats_text(llm, results, load_time=loaded - started), err=True)
 
 

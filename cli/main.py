@@ -16,6 +16,7 @@ from cupaged.cli.bench import bench
 from cupaged.cli.convert import convert
 from cupaged.cli.generate import generate
 from cupaged.cli.info import info
+from cupaged.cli.plot import plot_trace
 from cupaged.cli.pull import pull
 from cupaged.errors import CupagedError
 
@@ -40,9 +41,9 @@ def cli(debug: bool) -> None:
     """Run large language models without PyTorch: paged attention in hand-written CUDA C, driven by CuPy."""
 
 
-for command in (generate, pull, convert, info, bench):
+for command in (generate, pull, convert, info, bench, plot_trace):
     cli.add_command(command)
-for command in (generate, pull, convert, info, *bench.commands.values()):
+for command in (generate, pull, convert, info, plot_trace, *bench.commands.values()):
     command.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help="Show tracebacks."))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -41,6 +42,8 @@ class LLM:
     load_format: "dummy" takes random weights and needs no more of the model than its config.json (whose path will do);
     there is no tokenizer then, so prompts are token ids.
     progress: gets a line for each thing that takes time while the model is fetched.
+    on_step: called after each step with the engine and the step's start and end (seconds on time.monotonic()'s clock).
+    What it raises comes out of the call that generates, whose requests end; the others go on with their next call.
     The other options are those of EngineConfig.
 
     Raises ValueError for options that make no sense, and CupagedErrors: ModelNotFoundError, CheckpointError,
@@ -70,6 +73,7 @@ class LLM:
         seed: int | None = None,
         offline: bool = False,
         progress: Callable[[str], None] | None = None,
+        on_step: Callable[[Engine, float, float], None] | None = None,
     ):
         config = EngineConfig(
             device=device,
@@ -104,6 +108,7 @@ class LLM:
         self.device_note = f"running on {backend.description}, {why}"  # which device, and why, in a line
         self._sampling_defaults = SamplingParams(**checkpoint.sampling_defaults)
         self._engine: Engine | None = _load_engine(config, checkpoint, backend)
+        self._on_step = on_step
         self._num_requests = 0
         self._outputs: dict[str, deque[RequestOutput]] = {}  # of the requests that are being waited for
 
@@ -295,11 +300,17 @@ class LLM:
             while not outputs:
                 if not self.engine.has_request(request_id):
                     raise CupagedError("the request was ended by an error in a step that it shared with others")
-                for output in self.engine.step():
-                    self._outputs[output.request_id].append(output)
+                self._step()
             output = outputs.popleft()
             finished = output.finished
             yield output
+
+    def _step(self) -> None:
+        start = time.monotonic()
+        for output in self.engine.step():
+            self._outputs[output.request_id].append(output)
+        if self._on_step is not None:
+            self._on_step(self.engine, start, time.monotonic())
 
     def _drop(self, request_id: str) -> None:
         """End the request if it still runs, and forget it."""

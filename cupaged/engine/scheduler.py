@@ -68,6 +68,7 @@ class Scheduler:
         self.watermark = watermark  # blocks that an admission leaves free for each sequence that runs
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.last_step = Schedule()  # the last that was scheduled, for those who look on
         self.num_preemptions = 0
         self.num_swaps = 0  # of these, the requests that were swapped
         self.num_tokens_lost = 0  # that the others had computed
@@ -138,6 +139,7 @@ class Scheduler:
         if self.swap is not None:
             step.swap_outs, step.swap_ins = self.swap.take_outs(), self.swap.take_ins()
         step.copies = self.blocks.take_copies()
+        self.last_step = step
         return step
 
     def complete(self, step: Schedule) -> None:
