@@ -35,8 +35,9 @@ class Trace:
         with open("trace.json", "w") as file:
             trace.write(file)
 
-    Per step an event "prefill", "decode" or "prefill + decode" with its numbers of tokens and sequences, and after it
-    the counters "KV blocks" (used, cached, free: each block is one of these) and "sequences" (running, waiting).
+    Per step an event "prefill", "decode" or "prefill + decode" with its numbers of tokens and sequences, and for its
+    time, as it left them, the counters "KV blocks" (used, cached, free: each block is one of these) and "sequences"
+    (running, waiting).
     Per request a span with its "queue", "prefill" and "decode" in it, and in these "preempted", while it was that.
     """
 
@@ -53,7 +54,7 @@ class Trace:
         seconds on time.monotonic()'s clock."""
         step = engine.scheduler.last_step
         self._record_step(step, start, end)
-        self._record_counters(engine, end)
+        self._record_counters(engine, start)
         requests = dict.fromkeys([*(seq.request for seq in step.sequences), *step.failed, *engine.scheduler.running])
         self._follow(list(requests), list(engine.scheduler.waiting), start)
 
@@ -79,7 +80,7 @@ class Trace:
         duration = self._microseconds(end) - self._microseconds(start)
         self._events.append(self._event(" + ".join(kinds) or "empty", "X", start, cat="step", dur=duration, args=args))
 
-    def _record_counters(self, engine: Engine, end: float) -> None:
+    def _record_counters(self, engine: Engine, start: float) -> None:
         stats = engine.stats()
         counters = {
             "KV blocks": {
@@ -89,7 +90,7 @@ class Trace:
             },
             "sequences": {"running": stats.num_running, "waiting": stats.num_waiting},
         }
-        self._events += [self._event(name, "C", end, args=args) for name, args in counters.items()]
+        self._events += [self._event(name, "C", start, args=args) for name, args in counters.items()]
 
     def _follow(self, in_batch: list[Request], waiting: list[Request], start: float) -> None:
         for request in waiting:
