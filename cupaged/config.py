@@ -86,7 +86,9 @@ class EngineConfig:
     max_model_len: the longest prompt + output; None means the model's own limit, lowered to what fits.
     max_num_seqs: the most sequences that run at once; no more than max_num_batched_tokens ever do.
     max_num_batched_tokens: tokens a step may compute, prompts and decodes together.
-    preallocate: take the whole KV cache at the start instead of growing slab by slab.
+    preallocate: take the whole KV cache at the start instead of growing slab by slab, and keep it.
+    idle_trim_seconds: steps give back memory of the KV cache that was not in use for so long. It is taken again when it
+        is needed, but what was cached in it is forgotten. None keeps it.
     enable_prefix_caching: keep what was computed of prompts and outputs while there is room, and use it for requests
         that begin with the same tokens.
     scheduling_policy: "fcfs" serves in the order of arrival; "priority" serves lower values of a request's priority
@@ -108,6 +110,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None
     preallocate: bool = False
+    idle_trim_seconds: float | None = 300.0
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"  # of SCHEDULING_POLICIES
     preemption_mode: str = "auto"  # of PREEMPTION_MODES
@@ -139,6 +142,8 @@ class EngineConfig:
         require(swap is None or (is_int(swap) and swap >= 0), "swap_space_bytes", swap, "an integer >= 0, or None")
         if self.preemption_mode == "swap" and swap == 0:
             raise ValueError("swap_space_bytes must be more than 0 for preemption_mode 'swap'; got 0")
+        idle = self.idle_trim_seconds
+        require(idle is None or (is_finite_number(idle) and idle >= 0), "idle_trim_seconds", idle, ">= 0, or None")
         queue = self.max_queue_len
         require(queue is None or (is_int(queue) and queue >= 1), "max_queue_len", queue, "an integer >= 1, or None")
         share = self.gpu_memory_utilization

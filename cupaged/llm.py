@@ -64,6 +64,7 @@ class LLM:
         gpu_memory_utilization: float = EngineConfig.gpu_memory_utilization,
         kv_cache_memory_bytes: int | None = None,
         preallocate: bool = False,
+        idle_trim_seconds: float | None = EngineConfig.idle_trim_seconds,
         enable_prefix_caching: bool = True,
         scheduling_policy: str = EngineConfig.scheduling_policy,
         preemption_mode: str = EngineConfig.preemption_mode,
@@ -85,6 +86,7 @@ class LLM:
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             preallocate=preallocate,
+            idle_trim_seconds=idle_trim_seconds,
             enable_prefix_caching=enable_prefix_caching,
             scheduling_policy=scheduling_policy,
             preemption_mode=preemption_mode,
@@ -240,6 +242,11 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """Forget what was computed of earlier prompts and outputs."""
         self.engine.reset_prefix_cache()
+
+    def trim(self) -> int:
+        """Give the KV cache's memory that is not in use back to where it came from, on a GPU to CuPy's current
+        allocator; returns how many bytes that makes. Cached prefixes in it are forgotten."""
+        return self.engine.trim()
 
     def stats_lines(self) -> list[str]:
         """For people: how the KV cache was used."""

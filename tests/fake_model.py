@@ -1,5 +1,6 @@
 """An engine around a model that only remembers: its next token is a hash of all tokens before (with a sliding window,
-of those in it), as the KV cache holds them. A wrong block table, a block freed too early or used twice changes the output, and no schedule may.
+of those in it), as the KV cache holds them. A wrong block table, a block freed too early or used twice changes the
+output, and no schedule may.
 """
 
 import zlib
@@ -149,7 +150,8 @@ class FakeDecoder:
             arena.slabs[slab][0, :, index, 0, offset, 0] = token, position
 
         logits = np.zeros((len(batch.logits_indices), VOCAB_SIZE), np.float32)
-        memory = np.stack(arena.slabs)
+        nothing = np.full(arena.layout.slab_shape, np.nan)
+        memory = np.stack([nothing if slab is None else slab for slab in arena.slabs])
         for row, last in zip(logits, batch.logits_indices, strict=True):
             i = int(np.searchsorted(batch.query_start_loc, last, side="right")) - 1
             end, block_size = batch.positions[last] + 1, arena.layout.block_size
@@ -252,7 +254,7 @@ def audit(engine):
     what holds nothing."""
     assert engine.audit() == []
     pool, scheduler, block_size = engine.pool, engine.scheduler, engine.config.block_size
-    references = dict.fromkeys(range(pool.num_blocks), 0)
+    references = dict.fromkeys(pool.block_ids(), 0)
     for request in scheduler.running:
         for seq in request.unfinished:
             assert seq.state is SequenceState.RUNNING

@@ -83,19 +83,27 @@ def _audit_swap_space(engine: Engine, waiting: list[Sequence]):
 def _audit_pool(pool: BlockPool, arena: KVArena, tables: list[list[int]]):
     """Are the blocks of a pool held as often as it says, or in the right queue?"""
     held = Counter(block_id for table in tables for block_id in table if block_id != NULL_BLOCK)
-    for block_id in range(pool.num_blocks):
+    block_ids = pool.block_ids()
+    for block_id in block_ids:
         if pool.ref_count(block_id) != held[block_id]:
             yield f"block {block_id} has {pool.ref_count(block_id)} references, but {held[block_id]} tables hold it"
-    if unknown := [block_id for block_id in held if not 0 <= block_id < pool.num_blocks]:
+    if unknown := sorted(held.keys() - block_ids):
         yield f"tables hold blocks {unknown}, which don't exist"
     if pool.num_references != held.total():
         yield f"the pool counts {pool.num_references} references, but tables hold {held.total()}"
-    if pool.num_blocks != arena.num_blocks:
-        yield f"the pool has {pool.num_blocks} blocks, the arena {arena.num_blocks}"
+    blocks_per_slab = arena.layout.blocks_per_slab
+    slabs = [index for index, slab in enumerate(arena.slabs) if slab is not None]
+    backed = [block_id for index in slabs for block_id in range(index * blocks_per_slab, (index + 1) * blocks_per_slab)]
+    if block_ids != backed or pool.num_blocks != len(backed):
+        yield f"the pool has {pool.num_blocks} blocks {block_ids}, but slabs {slabs} of {blocks_per_slab} have memory"
+    used = Counter(block_id // blocks_per_slab for block_id in block_ids if pool.ref_count(block_id) > 0)
+    for slab in pool._slabs:
+        if slab.num_used != used[slab.index]:
+            yield f"slab {slab.index} counts {slab.num_used} used blocks, but {used[slab.index]} have references"
     unused, cached = pool.unused_blocks(), pool.cached_blocks()
     if pool.num_free_blocks != len(unused) + len(cached) or pool.num_cached_blocks != len(cached):
         yield f"{pool.num_free_blocks} blocks should be free, but the queues hold {len(unused)} and {len(cached)}"
-    free = [block_id for block_id in range(pool.num_blocks) if pool.ref_count(block_id) == 0]
+    free = [block_id for block_id in block_ids if pool.ref_count(block_id) == 0]
     if sorted(unused + cached) != free:
         yield f"the queues hold {sorted(unused + cached)}, but {free} have no reference"
     for block_id in unused:
@@ -108,7 +116,7 @@ def _audit_pool(pool: BlockPool, arena: KVArena, tables: list[list[int]]):
 
 def _audit_contents(engine: Engine):
     pool = engine.pool
-    with_content = [b for b in range(pool.num_blocks) if pool.content(b) is not None]
+    with_content = [b for b in pool.block_ids() if pool.content(b) is not None]
     if len(with_content) != len(pool._by_digest):
         yield f"{len(with_content)} blocks say what they hold, but {len(pool._by_digest)} are in the map"
     for block_id in with_content:

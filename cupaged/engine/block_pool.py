@@ -3,6 +3,7 @@ them can be found by their content."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -23,10 +24,11 @@ class Content:
 class Block:
     """One block's reference count and content and, while it is free, its neighbours in a free queue."""
 
-    __slots__ = ("block_id", "content", "next", "prev", "ref_count")
+    __slots__ = ("block_id", "content", "next", "prev", "ref_count", "slab")
 
-    def __init__(self, block_id: int):
+    def __init__(self, block_id: int, slab: Slab | None = None):
         self.block_id = block_id
+        self.slab = slab
         self.ref_count = 0
         self.content: Content | None = None  # None while it can't be found
         self.prev: Block | None = None
@@ -74,24 +76,41 @@ class FreeQueue:
             block = block.next
 
 
+class Slab:
+    """The blocks that got their memory together, and can only give it back together."""
+
+    def __init__(self, index: int, first_block: int, num_blocks: int):
+        self.index = index
+        self.block_ids = range(first_block, first_block + num_blocks)
+        self.has_memory = False
+        self.unused = FreeQueue()  # its free blocks that hold nothing of use
+        self.num_used = 0  # blocks with a reference
+        self.idle_since = 0.0  # on time.monotonic()'s clock, while there are none
+
+
 class BlockPool:
     """Hands out block ids 0, 1, 2, ... and grows when they run out.
 
     A free block is in one of two queues. Those whose content can be found are cached: they may be shared again,
     until they are handed out anew. Blocks are handed out in this order:
 
-    1. free ones that hold nothing of use: they cost nothing;
+    1. free ones that hold nothing of use: they cost nothing. Those of the lowest slab first, so that the highest ones
+       become empty, and can be given back;
     2. new ones: memory that the cache may take is there to be used, and a hit saves more than growth costs;
     3. cached ones, the least recently used first: now somebody's hit has to go. A sequence frees its last block
        first, so of one prefix the tail goes before what it hangs on, without which it could not be found.
 
-    grow: called when blocks of kind 1 lack; returns how many blocks it added to the cache, 0 when it is full.
+    grow: called when blocks of kind 1 lack; returns how many blocks it added to the cache, 0 when it is full. They make
+    a slab, the lowest that had no memory.
     """
 
     def __init__(self, grow: Callable[[], int]):
         self._grow = grow
-        self._blocks: list[Block] = []  # by block id
-        self._free = FreeQueue()
+        self._slabs: list[Slab] = []  # also those whose memory was given back
+        self._blocks: list[Block | None] = []  # by block id; None where there is no memory
+        self._num_blocks = 0
+        self._num_unused = 0
+        self._slabs_with_unused = 0  # bit i: slab i has unused blocks
         self._cached = FreeQueue()
         self._by_digest: dict[bytes, Block] = {}
         self._last_serial = 0
@@ -101,12 +120,12 @@ class BlockPool:
 
     @property
     def num_blocks(self) -> int:
-        return len(self._blocks)
+        return self._num_blocks
 
     @property
     def num_free_blocks(self) -> int:
         """Blocks without a reference, the cached ones among them."""
-        return len(self._free) + len(self._cached)
+        return self._num_unused + len(self._cached)
 
     @property
     def num_cached_blocks(self) -> int:
@@ -119,20 +138,61 @@ class BlockPool:
     def content(self, block_id: int) -> Content | None:
         return self._blocks[block_id].content
 
+    def block_ids(self) -> list[int]:
+        """All blocks, in order. Where memory was given back, ids are missing."""
+        return [block.block_id for block in self._blocks if block is not None]
+
     def unused_blocks(self) -> list[int]:
         """The free blocks that hold nothing of use."""
-        return [block.block_id for block in self._free]
+        return [block.block_id for slab in self._slabs for block in slab.unused]
 
     def cached_blocks(self) -> list[int]:
         """The free blocks that can be found, in the order in which they would be evicted."""
         return [block.block_id for block in self._cached]
 
-    def add_blocks(self, count: int) -> None:
-        """Take note of `count` more blocks of the cache, all free."""
-        for _ in range(count):
-            block = Block(len(self._blocks))
-            self._blocks.append(block)
-            self._free.append(block)
+    # -- slabs ---------------------------------------------------------------------------------------------
+
+    def add_blocks(self, count: int, index: int | None = None) -> None:
+        """Take note of one more slab of `count` blocks, all free. index: which slab; by default the first that has no
+        memory."""
+        if index is None:
+            index = next((slab.index for slab in self._slabs if not slab.has_memory), len(self._slabs))
+        if index == len(self._slabs):
+            self._slabs.append(Slab(index, len(self._blocks), count))
+            self._blocks += [None] * count
+        slab = self._slabs[index]
+        for block_id in slab.block_ids:
+            self._blocks[block_id] = Block(block_id, slab)
+        slab.has_memory, slab.num_used, slab.idle_since = True, 0, time.monotonic()
+        self._num_blocks += count
+        for block_id in slab.block_ids:
+            self._queue(self._blocks[block_id])
+
+    def has_slab(self, index: int) -> bool:
+        return index < len(self._slabs) and self._slabs[index].has_memory
+
+    def idle_slabs(self, since: float) -> list[int]:
+        """The slabs of which no block has been in use since then, on time.monotonic()'s clock."""
+        return [s.index for s in self._slabs if s.has_memory and s.num_used == 0 and s.idle_since <= since]
+
+    def remove_slab(self, index: int) -> None:
+        """Forget an idle slab, whose memory is to be given back, and all that its blocks hold."""
+        slab = self._slabs[index]
+        if slab.num_used:
+            raise RuntimeError(f"slab {index} is removed, but {slab.num_used} of its blocks are in use")
+        for block_id in slab.block_ids:
+            block = self._blocks[block_id]
+            if block.content is not None:
+                self._cached.remove(block)
+                self._drop_content(block)
+                self.num_evictions += 1
+        slab.has_memory = False
+        self._num_unused -= len(slab.unused)
+        self._num_blocks -= len(slab.block_ids)
+        self._slabs_with_unused &= ~(1 << index)
+        slab.unused = FreeQueue()
+        for block_id in slab.block_ids:
+            self._blocks[block_id] = None
 
     # -- references ----------------------------------------------------------------------------------------
 
@@ -145,19 +205,20 @@ class BlockPool:
 
     def allocate(self, count: int) -> list[int] | None:
         """`count` blocks with one reference each; None, and nothing taken, when there are not so many."""
-        while len(self._free) < count and self._add_slab():
+        while self._num_unused < count and self._add_slab():
             pass
         if self.num_free_blocks < count:
             return None
         block_ids = []
         for _ in range(count):
-            if self._free:
-                block = self._free.popleft()
+            if self._num_unused:
+                block = self._take_unused()
             else:
                 block = self._cached.popleft()
                 self._drop_content(block)
                 self.num_evictions += 1
             block.ref_count = 1
+            block.slab.num_used += 1
             block_ids.append(block.block_id)
         self.num_references += count
         if self.handed_out is not None:
@@ -174,6 +235,7 @@ class BlockPool:
                 if block.content is None:
                     raise RuntimeError(f"block {block_id} is shared, but it is free")
                 self._cached.remove(block)
+                block.slab.num_used += 1
             block.ref_count += 1
             self.num_references += 1
 
@@ -189,17 +251,30 @@ class BlockPool:
             block.ref_count -= 1
             self.num_references -= 1
             if block.ref_count == 0:
-                self._queue_of(block).append(block)
+                self._queue(block)
+                slab = block.slab
+                slab.num_used -= 1
+                if slab.num_used == 0:
+                    slab.idle_since = time.monotonic()
 
     def free_all(self) -> None:
         """No block has a reference any more, whatever state the books were left in."""
-        self._free, self._cached = FreeQueue(), FreeQueue()
-        self._by_digest = {block.content.prefix.digest: block for block in self._blocks if block.content is not None}
-        for block in self._blocks:
+        self._cached = FreeQueue()
+        self._num_blocks = self._num_unused = self._slabs_with_unused = 0
+        blocks: list[Block] = []
+        for slab in self._slabs:
+            slab.unused, slab.num_used, slab.idle_since = FreeQueue(), 0, time.monotonic()
+            if slab.has_memory:
+                blocks += self._blocks[slab.block_ids.start : slab.block_ids.stop]
+                self._num_blocks += len(slab.block_ids)
+            else:
+                self._blocks[slab.block_ids.start : slab.block_ids.stop] = [None] * len(slab.block_ids)
+        self._by_digest = {block.content.prefix.digest: block for block in blocks if block.content is not None}
+        for block in blocks:
             block.ref_count = 0
             if block.content is not None and self._by_digest[block.content.prefix.digest] is not block:
                 block.content = None
-            self._queue_of(block).append(block)
+            self._queue(block)
         self.num_references = 0
 
     # -- contents ------------------------------------------------------------------------------------------
@@ -244,17 +319,35 @@ class BlockPool:
     def _forget(self, block: Block) -> None:
         if block.ref_count == 0:
             self._cached.remove(block)
-            self._free.append(block)
-        self._drop_content(block)
+            self._drop_content(block)
+            self._queue(block)
+        else:
+            self._drop_content(block)
 
     def _drop_content(self, block: Block) -> None:
         del self._by_digest[block.content.prefix.digest]
         block.content = None
 
-    def _queue_of(self, block: Block) -> FreeQueue:
-        return self._free if block.content is None else self._cached
+    def _queue(self, block: Block) -> None:
+        """Put a free block at the end of its queue."""
+        if block.content is not None:
+            self._cached.append(block)
+            return
+        slab = block.slab
+        slab.unused.append(block)
+        self._slabs_with_unused |= 1 << slab.index
+        self._num_unused += 1
+
+    def _take_unused(self) -> Block:
+        slab = self._slabs[(self._slabs_with_unused & -self._slabs_with_unused).bit_length() - 1]  # the lowest one
+        block = slab.unused.popleft()
+        if not slab.unused:
+            self._slabs_with_unused ^= 1 << slab.index
+        self._num_unused -= 1
+        return block
 
     def _add_slab(self) -> bool:
         added = self._grow()
-        self.add_blocks(added)
+        if added:
+            self.add_blocks(added)
         return added > 0

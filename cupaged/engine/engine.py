@@ -91,7 +91,7 @@ class Engine:
         self.max_model_len = fit_max_model_len(config, model, self.arena.layout, self.arena.max_blocks)
 
         self.pool = BlockPool(self.arena.grow)
-        self.pool.add_blocks(self._first_blocks())
+        self._take_first_slabs()
         self.hasher = PrefixHasher(config.block_size) if config.enable_prefix_caching else None
         self.blocks = BlockManager(self.pool, config.block_size, self.hasher, model.sliding_window)
         self.swap_arena, self.swap = None, None
@@ -132,6 +132,7 @@ class Engine:
         self._peak_used_blocks = 0
         self._num_begun, self._queue_time = 0, 0.0
         self._swapped_bytes, self._swap_seconds = 0, 0.0
+        self._next_trim_time = 0.0
         if config.debug:
             self.pool.handed_out = []
             self.arena.poison(self.pool.unused_blocks())
@@ -276,6 +277,7 @@ class Engine:
                     output = self._abort(*self._to_abort.pop(0))
                     if output is not None:
                         outputs.append(output)
+            self._trim_idle()
             if self.config.debug:
                 self._debug()
             return outputs
@@ -305,6 +307,18 @@ class Engine:
             requests = [*self.scheduler.running, *self.scheduler.waiting]
             self.blocks.reset_prefix_cache([seq for request in requests for seq in request.active])
 
+    def trim(self, idle_seconds: float = 0.0) -> int:
+        """Give memory of the KV cache back to where it came from (CuPy's current allocator on a GPU), while requests
+        run on: the slabs of which no block has been in use for so many seconds. Prefixes that are cached there are
+        forgotten. Returns how many bytes that makes.
+
+        Steps do so by themselves with idle_trim_seconds. A program that stops stepping calls this."""
+        with self._lock:
+            if self._stepping.locked():
+                raise RuntimeError("trim() was called from within a step")
+            self._mend()
+            return self._trim(idle_seconds)
+
     def audit(self) -> list[str]:
         """What is wrong with the books, a line each; none if all is well."""
         with self._lock:
@@ -326,7 +340,7 @@ class Engine:
             num_free_blocks=self.pool.num_free_blocks,
             num_cached_blocks=self.pool.num_cached_blocks,
             peak_used_blocks=self._peak_used_blocks,
-            num_slabs=len(self.arena.slabs),
+            num_slabs=self.arena.num_slabs,
             kv_cache_bytes=self.arena.num_bytes,
             num_unfilled_slots=self._num_unfilled_slots(),
             mean_waste=self._unfilled_slots / self._used_slots if self._used_slots else 0.0,
@@ -385,10 +399,12 @@ class Engine:
             max_blocks=max_blocks,
         )
 
-    def _first_blocks(self) -> int:
-        """Take the first slab, or all of them when the cache is preallocated; returns how many blocks that makes."""
-        while self.arena.grow() and self.config.preallocate:
-            pass
+    def _take_first_slabs(self) -> None:
+        """The first one, or all of them when the cache is preallocated."""
+        while (added := self.arena.grow()) > 0:
+            self.pool.add_blocks(added)
+            if not self.config.preallocate:
+                break
         if not self.arena.slabs or (self.config.preallocate and self.arena.num_blocks < self.arena.max_blocks):
             layout = self.arena.layout
             wanted = layout.bytes_per_slab * (self.arena.max_slabs if self.config.preallocate else 1)
@@ -397,7 +413,25 @@ class Engine:
                 f"the KV cache wants {format_bytes(wanted)} at the start, and {format_bytes(free)} are free: lower "
                 "kv_cache_memory_bytes (--kv-cache-memory) or gpu_memory_utilization (--gpu-memory-utilization)"
             )
-        return self.arena.num_blocks
+
+    def _memories(self) -> list[tuple[BlockPool, KVArena]]:
+        return [(self.pool, self.arena)] + ([(self.swap.pool, self.swap_arena)] if self.swap is not None else [])
+
+    def _trim_idle(self) -> None:
+        idle_seconds = self.config.idle_trim_seconds
+        if idle_seconds is not None and not self.config.preallocate and time.monotonic() >= self._next_trim_time:
+            self._trim(idle_seconds)
+            self._next_trim_time = time.monotonic() + idle_seconds / 2  # to look each time would be too often
+
+    def _trim(self, idle_seconds: float) -> int:
+        num_bytes, since = 0, time.monotonic() - idle_seconds
+        with self._changing_books():
+            for pool, arena in self._memories():
+                for slab in pool.idle_slabs(since):
+                    pool.remove_slab(slab)
+                    arena.release(slab)
+                    num_bytes += arena.layout.bytes_per_slab
+        return num_bytes
 
     def _num_unfilled_slots(self) -> int:
         # Only at a sequence's end are slots unfilled, and those that share an end have filled it equally.
@@ -468,10 +502,11 @@ class Engine:
                 seq.state in (SequenceState.WAITING, SequenceState.SWAPPED) for seq in request.unfinished
             ):
                 waiting[request_id] = request
-        self.pool.add_blocks(self.arena.num_blocks - self.pool.num_blocks)
-        if self.swap is not None:
-            self.swap.pool.add_blocks(self.swap_arena.num_blocks - self.swap.pool.num_blocks)
         self.scheduler.restart(list(waiting.values()))
+        for pool, arena in self._memories():  # a slab may have been on its way in or out
+            for i, slab in enumerate(arena.slabs):
+                if slab is not None and not pool.has_slab(i):
+                    pool.add_blocks(arena.layout.blocks_per_slab, i)
         self._requests = waiting
         self._is_torn = False
 

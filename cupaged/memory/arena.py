@@ -1,4 +1,4 @@
-"""The KV cache's memory: slabs of blocks, taken when sequences need them."""
+"""The KV cache's memory: slabs of blocks, taken when sequences need them, and given back."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ class KVArena:
     ):
         self.layout = layout
         self.max_slabs = max(1, max_blocks // layout.blocks_per_slab)
-        self.slabs: list = []
+        self.slabs: list = []  # None where one was given back
+        self._vacant: list[int] = []  # those places
         self.slab_table = backend.empty((self.max_slabs,), np.int64)
         self.slab_table_address = backend.address(self.slab_table)
         self._backend = backend
@@ -98,27 +99,40 @@ class KVArena:
         return self.max_slabs * self.layout.blocks_per_slab
 
     @property
+    def num_slabs(self) -> int:
+        return len(self.slabs) - len(self._vacant)
+
+    @property
     def num_blocks(self) -> int:
-        return len(self.slabs) * self.layout.blocks_per_slab
+        return self.num_slabs * self.layout.blocks_per_slab
 
     @property
     def num_bytes(self) -> int:
         """Of its slabs."""
-        return len(self.slabs) * self.layout.bytes_per_slab
+        return self.num_slabs * self.layout.bytes_per_slab
 
     def grow(self) -> int:
-        """Take one more slab; returns how many blocks that adds, 0 when the limit is reached or no memory is left."""
-        if len(self.slabs) == self.max_slabs or time.monotonic() < self._retry_time:
+        """Take one more slab, in the first place that has none; returns how many blocks that adds, 0 when the limit is
+        reached or no memory is left."""
+        if self.num_slabs == self.max_slabs or time.monotonic() < self._retry_time:
             return 0
         try:
             slab = self._allocate(self.layout.slab_shape, self.layout.dtype)
         except OutOfMemoryError:
             self._retry_time = time.monotonic() + GROW_RETRY_SECONDS
             return 0
-        index = len(self.slabs)
-        self._backend.copy_in(self.slab_table[index : index + 1], np.array([self._backend.address(slab)], np.int64))
-        self.slabs.append(slab)  # last, so that an interrupt leaves no slab whose address is not in the table
+        index = min(self._vacant, default=len(self.slabs))
+        self._set_address(index, self._backend.address(slab))
+        if self._vacant:
+            self._vacant.remove(index)
+        self.slabs[index : index + 1] = [slab]  # last, so that no interrupt leaves a slab that is not in the table
         return self.layout.blocks_per_slab
+
+    def release(self, index: int) -> None:
+        """Give one slab back, to where it came from. Nothing may use its blocks any more."""
+        self.slabs[index] = None
+        self._vacant.append(index)
+        self._set_address(index, 0)
 
     def poison(self, block_ids: Sequence[int]) -> None:
         """Fill these blocks with NaN, so that who reads them before they are written can't miss it. Slow."""
@@ -126,7 +140,11 @@ class KVArena:
         for block_id in block_ids:
             self.slabs[block_id >> shift][:, :, block_id & mask] = np.nan
 
+    def _set_address(self, index: int, address: int) -> None:
+        self._backend.copy_in(self.slab_table[index : index + 1], np.array([address], np.int64))
+
     def close(self) -> None:
         """Give the memory back."""
         self.slabs.clear()
+        self._vacant.clear()
         self.slab_table = None

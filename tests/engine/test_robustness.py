@@ -203,7 +203,7 @@ def change_a_digest(engine):
 
 
 def lose_a_free_block(engine):
-    engine.pool._free.popleft()
+    engine.pool._take_unused()
 
 
 def lose_a_request(engine):

@@ -118,6 +118,16 @@ class EngineWalk(RuleBasedStateMachine):
         preempt(self.engine, self.engine.scheduler.running[-1])
 
     @rule()
+    def trim(self):
+        before = self.engine.stats()
+        num_bytes = self.engine.trim()
+        after = self.engine.stats()
+        taken = before.kv_cache_bytes + before.swap_space_bytes - after.kv_cache_bytes - after.swap_space_bytes
+        assert num_bytes == taken
+        assert after.num_used_blocks == before.num_used_blocks
+        assert after.num_swapped_blocks == before.num_swapped_blocks
+
+    @rule()
     def reset_prefix_cache(self):
         self.engine.reset_prefix_cache()
         assert self.engine.stats().num_cached_blocks == 0
