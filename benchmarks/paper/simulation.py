@@ -151,9 +151,8 @@ class Simulation:
         for i, (num_prompt, num_output) in enumerate(workload.sizes):
             # No two prompts are alike behind the prefix.
             prompt = prefix + [i] * num_prompt
-            requests.append(
-                Request(str(i), None, prompt, params, 0, arrivals[i], max_len=len(prompt) + num_output)
-            )  # fmt: skip
+            max_len = len(prompt) + num_output
+            requests.append(Request(str(i), None, prompt, params, 0, arrivals[i], max_len=max_len))
         return requests
 
     def _take_tokens(self, step: Schedule) -> list[Request]:
