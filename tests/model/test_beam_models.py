@@ -170,7 +170,7 @@ def test_transformers_finds_the_same(name, new_engine, prompts, logits_after, ea
         ids = torch.tensor([prompt])
         theirs = model.generate(
             ids, attention_mask=torch.ones_like(ids), num_beams=width, num_return_sequences=width, do_sample=False,
-            max_new_tokens=NUM_TOKENS, length_penalty=length_penalty, early_stopping=early_stopping, pad_token_id=0,
+            max_new_tokens=NUM_TOKENS, length_penalty=length_penalty, early_stopping=early_stopping, pad_token_id=1,
             eos_token_id=[EOS, *STOPS], return_dict_in_generate=True, output_scores=True,
         )  # fmt: skip
         for completion, tokens, score in zip(
@@ -178,7 +178,7 @@ def test_transformers_finds_the_same(name, new_engine, prompts, logits_after, ea
         ):
             length = len(completion.token_ids)
             assert tokens[:length] == completion.token_ids
-            assert set(tokens[length:]) <= {0}
+            assert set(tokens[length:]) <= {1}
             assert score == pytest.approx(completion.cumulative_logprob / length**length_penalty, rel=1e-4)
         num_compared += 1
     assert num_compared >= 3
