@@ -33,8 +33,8 @@ class Scheduler:
     - What runs comes first, each sequence with one token at least. What that leaves of the token budget goes to
       prompts, in chunks if need be, in the order of service. A prompt is admitted only while budget is left.
     - A prompt's blocks are taken at its admission, all or none, and only if as many are left as sequences run, so
-      that each can grow by one: an admission that must be undone a few steps later helps nobody. A block for output
-      is taken when the last one is full.
+      that each can grow by one, and as a preempted group's sequences need again for their outputs: an admission that
+      must be undone a few steps later helps nobody. A block for output is taken when the last one is full.
     - When there is none, the last in service is preempted: it loses its blocks and goes back to its place in
       `waiting`. The first one therefore always gets on, and every request becomes the first some day, unless requests
       of higher priority never end.
@@ -124,6 +124,8 @@ class Scheduler:
             found = self.blocks.find_prefix(leader, num_tokens)
             if self.blocks.is_being_computed(leader, len(found), num_tokens):
                 break
+            if self.running:
+                spare += self._num_blocks_to_fork(request)
             if self.blocks.admit(leader, found, num_tokens, spare):
                 self._admit_first()
                 num_tokens = min(num_tokens - leader.num_cached_tokens, budget)
@@ -300,6 +302,15 @@ class Scheduler:
         """Whether a request of higher priority waits."""
         return bool(self.waiting) and self.waiting[0].rank[0] < request.rank[0]
 
+    def _num_blocks_to_fork(self, request: Request) -> int:
+        """Blocks that the sequences of a waiting group will want beside the shared ones, for what they had generated
+        when they were preempted. A group that is admitted without them is soon preempted again."""
+        if len(request.unfinished) == 1:
+            return 0
+        block_size = self.blocks.block_size
+        shared = -(-request.num_shared_tokens // block_size)
+        return sum(-(-len(seq.token_ids) // block_size) - shared for seq in request.unfinished)
+
     def _make_way(self) -> None:
         """Preempt requests of lower priority than the first that waits, as far as it needs their blocks and rows."""
         while self.running and self._is_outranked(self.running[-1]):
@@ -309,7 +320,7 @@ class Scheduler:
                 num_blocks = self.swap.num_blocks_to_resume(request)
             else:
                 num_tokens = request.num_shared_tokens if others else len(leader.token_ids)
-                num_blocks = -(-num_tokens // self.blocks.block_size)
+                num_blocks = -(-num_tokens // self.blocks.block_size) + self._num_blocks_to_fork(request)
             # Those that run on may take a block each before it is admitted, and the watermark is to be left then.
             num_blocks += self._num_running_seqs + self.watermark * (self._num_running_seqs + len(others))
             if len(others) < len(self._free_rows) and self.blocks.pool.can_allocate(num_blocks):
