@@ -275,3 +275,22 @@ def test_a_copy_whose_sequence_is_preempted_in_the_same_step_is_not_made():
     assert s.blocks.num_copies == 0
     assert s.num_preemptions == 1
     assert s.blocks.pool.num_free_blocks == 2
+
+
+def test_a_preempted_group_comes_back_when_its_outputs_have_room_as_well():
+    s = make_scheduler(num_blocks=8)
+    first = add(s, "first", 4)
+    group = Request("group", None, [7] * 4, SamplingParams(n=3), seed=0, arrival_time=0.0)
+    s.add(group)
+    while s.num_preemptions == 0:  # 8 blocks: after some tokens, 4 sequences with outputs of their own lack one
+        step(s)
+    assert [request.request_id for request in s.waiting] == ["group"]
+    assert s.blocks.pool.num_free_blocks > 1  # the prompt alone would fit at once
+    outputs = sum(-(-len(seq.token_ids) // BLOCK_SIZE) - 1 for seq in group.sequences)
+    for _ in range(2):
+        step(s)
+        assert s.waiting or s.blocks.pool.num_free_blocks >= outputs
+    s.finish(first, "stop")
+    step(s)
+    assert not s.waiting
+    assert s.num_preemptions == 1
