@@ -109,9 +109,9 @@ def frame(engine: Engine, step_time: float, tokens_per_second: float, width: int
 
 
 def block_states(pool: BlockPool) -> list[BlockState]:
-    """By block id."""
+    """Of the blocks that have memory, by block id."""
     states = []
-    for block_id in range(pool.num_blocks):
+    for block_id in pool.block_ids():
         count = pool.ref_count(block_id)
         if count:
             states.append(SHARED if count > 1 else USED)
