@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Collection
+from heapq import heapify, heappop, heapreplace
 from typing import NamedTuple
-
-import numpy as np
 
 from cupaged.engine.output_text import OutputText
 from cupaged.engine.sequence import Request, Sequence
@@ -60,30 +60,33 @@ class BeamSearch:
         self.num_candidates = min(max(wanted, params.logprobs or 0), vocab_size)
 
     def choose(
-        self, beams: list[Sequence], token_ids: np.ndarray, logprobs: np.ndarray
+        self, beams: list[Sequence], token_ids: list[list[int]], logprobs: list[list[float]]
     ) -> tuple[list[Continuation], list[Continuation]]:
         """The continuations to go on with, and those that end here and may be kept, both the likeliest first.
 
-        token_ids, logprobs [num_beams, num_candidates]: each beam's most likely next tokens, in order. Of equally
-        likely continuations those of earlier beams come first.
+        token_ids, logprobs: for each beam its num_candidates most likely next tokens, in order. Of equally likely
+        continuations those of earlier beams come first.
         """
-        totals = logprobs + np.array([[beam.cumulative_logprob] for beam in beams])  # float64
-        order = np.argsort(-totals, axis=None, kind="stable")
-        rows, columns = np.divmod(order, totals.shape[1])
-        ranked = zip(
-            rows.tolist(), columns.tolist(), token_ids.ravel()[order].tolist(), totals.ravel()[order].tolist(),
-            strict=True,
-        )  # fmt: skip
+        sums = [beam.cumulative_logprob for beam in beams]
+        heap = [(-(sums[row] + logprobs[row][0]), row, 0) for row in range(len(beams))]  # each beam's next best
+        heapify(heap)
         survivors: list[Continuation] = []
         finished: list[Continuation] = []
-        for place, (row, column, token_id, total) in enumerate(ranked):
-            if total == -np.inf or len(survivors) == self.beam_width:
+        place = 0
+        while heap and len(survivors) < self.beam_width:
+            cost, row, column = heap[0]
+            if cost == math.inf:
                 break
-            candidate = self._judge(Continuation(beams[row], token_id, total, row, column))
+            if column + 1 < len(logprobs[row]):
+                heapreplace(heap, (-(sums[row] + logprobs[row][column + 1]), row, column + 1))
+            else:
+                heappop(heap)
+            candidate = self._judge(Continuation(beams[row], token_ids[row][column], -cost, row, column))
             if candidate.finish_reason is None:
                 survivors.append(candidate)
             elif place < self.beam_width:
                 finished.append(candidate)
+            place += 1
         return survivors, finished
 
     def _judge(self, candidate: Continuation) -> Continuation:
@@ -150,7 +153,7 @@ class BeamSearch:
         probability of 0, so that nothing is ever chosen from them.
         """
         missing = self.beam_width - len(survivors)
-        survivors = survivors + [survivors[0]._replace(cumulative_logprob=-np.inf)] * missing
+        survivors = survivors + [survivors[0]._replace(cumulative_logprob=-math.inf)] * missing
         going_on = {candidate.beam for candidate in survivors}
         free = [seq for seq in request.sequences if seq not in going_on]
         placed = []
@@ -167,13 +170,13 @@ class BeamSearch:
 
         Which beam will be the best is open, and so is whether it will beat the best one kept.
         """
-        settled, others = self.settled, [beam for beam in beams if beam.cumulative_logprob > -np.inf]
+        settled, others = self.settled, [beam.token_ids for beam in beams if beam.cumulative_logprob > -math.inf]
         if self.kept:
-            others.append(self.kept[0].sequence)
-        first = others[0]
+            others.append(self.kept[0].sequence.token_ids)
+        first = beams[0]
         start = end = len(settled.token_ids)
-        shortest = min([len(other.token_ids) for other in others])
-        while end < shortest and all([other.token_ids[end] == first.token_ids[end] for other in others]):
+        shortest = min(len(others[0]), len(others[-1]))  # all beams are as long
+        while end < shortest and all([other[end] == first.token_ids[end] for other in others]):
             end += 1
         for i in range(start, end):
             settled.token_ids.append(first.token_ids[i])

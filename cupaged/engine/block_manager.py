@@ -107,9 +107,7 @@ class BlockManager:
         Only the blocks in which the two differ are touched. parent's table stays as it is.
         """
         old, new = child.block_table, parent.block_table[: -(-parent.num_cached_tokens // self.block_size)]
-        num_common, end = 0, min(len(old), len(new))
-        while num_common < end and old[num_common] == new[num_common]:
-            num_common += 1
+        num_common = _num_common(old, new)
         self.pool.share(new[num_common:])
         self.pool.free(reversed(old[num_common:]))
         child.block_table = new
@@ -194,3 +192,15 @@ class BlockManager:
             for i in range(seq.num_registered_blocks, end):
                 seq.link = self.pool.register(seq.block_table[i], seq.prefix[i], seq.link)
         seq.num_registered_blocks = end
+
+
+def _num_common(a: list[int], b: list[int]) -> int:
+    """How many elements the two begin with in common: halving, since slices are compared faster than elements."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -688,7 +688,7 @@ class Engine:
         search, logprobs = request.search, result.logprobs
         rows.sort(key=lambda row: result.sequences[row].index)
         beams, end = [result.sequences[row] for row in rows], 1 + search.num_candidates
-        token_ids, values = logprobs.token_ids[rows, 1:end], logprobs.logprobs[rows, 1:end]
+        token_ids, values = logprobs.token_ids[rows, 1:end].tolist(), logprobs.logprobs[rows, 1:end].tolist()
         survivors, finished = search.choose(beams, token_ids, values)
         num_tokens = beams[0].num_output_tokens + 1
         for candidate in finished:
@@ -716,16 +716,19 @@ class Engine:
         self._num_output_tokens += len(survivors)
         return [search.settled] if search.settle(request.sequences) else []
 
-    def _continue_beam(self, seq: Sequence, candidate: Continuation, token_ids, logprobs) -> None:
+    def _continue_beam(
+        self, seq: Sequence, candidate: Continuation, token_ids: list[list[int]], logprobs: list[list[float]]
+    ) -> None:
         seq.token_ids.append(candidate.token_id)
         seq.cumulative_logprob = candidate.cumulative_logprob
         if candidate.text is not None:
             seq.output_text = candidate.text
         if seq.logprobs is not None:
-            columns = [candidate.column, *range(min(seq.request.params.logprobs, token_ids.shape[1]))]
-            row_ids, row_logprobs = token_ids[candidate.row].tolist(), logprobs[candidate.row].tolist()
-            self._add_logprobs(seq, [row_ids[c] for c in columns], [row_logprobs[c] for c in columns],
-                               [c + 1 for c in columns])  # fmt: skip
+            ids, values, column = token_ids[candidate.row], logprobs[candidate.row], candidate.column
+            end = min(seq.request.params.logprobs, len(ids))
+            self._add_logprobs(
+                seq, [ids[column], *ids[:end]], [values[column], *values[:end]], [column + 1, *range(1, end + 1)]
+            )
 
     def _end_search(self, request: Request, reason: str | None = None) -> list[Sequence]:
         """Make what was kept the request's sequences, the best first, and return them. If it ends early, for
