@@ -64,8 +64,8 @@ class BeamSearch:
     ) -> tuple[list[Continuation], list[Continuation]]:
         """The continuations to go on with, and those that end here and may be kept, both the likeliest first.
 
-        token_ids, logprobs: for each beam its num_candidates most likely next tokens, in order. Of equally likely
-        continuations those of earlier beams come first.
+        token_ids, logprobs: for each beam its most likely next tokens, in order; the first num_candidates count. Of
+        equally likely continuations those of earlier beams come first.
         """
         sums = [beam.cumulative_logprob for beam in beams]
         heap = [(-(sums[row] + logprobs[row][0]), row, 0) for row in range(len(beams))]  # each beam's next best
@@ -77,7 +77,7 @@ class BeamSearch:
             cost, row, column = heap[0]
             if cost == math.inf:
                 break
-            if column + 1 < len(logprobs[row]):
+            if column + 1 < self.num_candidates:
                 heapreplace(heap, (-(sums[row] + logprobs[row][column + 1]), row, column + 1))
             else:
                 heappop(heap)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from operator import index
 
 from cupaged.arguments import is_int, require
@@ -21,7 +22,7 @@ from cupaged.engine.block_pool import BlockPool
 from cupaged.engine.logit_edits import LogitRules
 from cupaged.engine.output_text import OutputText
 from cupaged.engine.prefix import PrefixHasher, PrefixKey
-from cupaged.engine.runner import Runner, StepResult
+from cupaged.engine.runner import Runner
 from cupaged.engine.sampler import Logprobs
 from cupaged.engine.scheduler import Schedule, Scheduler
 from cupaged.engine.sequence import Request, Sequence, SequenceState
@@ -594,8 +595,16 @@ class Engine:
         if not searches:
             return result.sequences
         touched = [seq for seq in result.sequences if seq.request.search is None]
+        for rows in searches.values():
+            rows.sort(key=lambda row: result.sequences[row].index)
+        rows = list(chain.from_iterable(searches.values()))
+        token_ids = result.logprobs.token_ids[rows, 1:].tolist()
+        values = result.logprobs.logprobs[rows, 1:].tolist()
+        start = 0
         for request, rows in searches.items():
-            touched += self._advance_search(request, rows, result)
+            beams, end = [result.sequences[row] for row in rows], start + len(rows)
+            touched += self._advance_search(request, beams, token_ids[start:end], values[start:end])
+            start = end
         return touched
 
     def _swap(self, dst: KVArena, src: KVArena, pairs: list[tuple[int, int]]) -> None:
@@ -682,13 +691,12 @@ class Engine:
 
     # -- beam search ---------------------------------------------------------------------------------------
 
-    def _advance_search(self, request: Request, rows: list[int], result: StepResult) -> list[Sequence]:
-        """Take a search one token on; rows: where its beams stand in `result`. Returns the sequences of which there
-        are news to tell."""
-        search, logprobs = request.search, result.logprobs
-        rows.sort(key=lambda row: result.sequences[row].index)
-        beams, end = [result.sequences[row] for row in rows], 1 + search.num_candidates
-        token_ids, values = logprobs.token_ids[rows, 1:end].tolist(), logprobs.logprobs[rows, 1:end].tolist()
+    def _advance_search(
+        self, request: Request, beams: list[Sequence], token_ids: list[list[int]], values: list[list[float]]
+    ) -> list[Sequence]:
+        """Take a search one token on. token_ids, values: for each beam the likeliest next tokens and their log
+        probabilities. Returns the sequences of which there are news to tell."""
+        search = request.search
         survivors, finished = search.choose(beams, token_ids, values)
         num_tokens = beams[0].num_output_tokens + 1
         for candidate in finished:
@@ -725,7 +733,7 @@ class Engine:
             seq.output_text = candidate.text
         if seq.logprobs is not None:
             ids, values, column = token_ids[candidate.row], logprobs[candidate.row], candidate.column
-            end = min(seq.request.params.logprobs, len(ids))
+            end = min(seq.request.params.logprobs, seq.request.num_logprobs)
             self._add_logprobs(
                 seq, [ids[column], *ids[:end]], [values[column], *values[:end]], [column + 1, *range(1, end + 1)]
             )
