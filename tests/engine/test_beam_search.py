@@ -6,7 +6,7 @@ from itertools import chain, pairwise
 import numpy as np
 import pytest
 from beam_reference import beam_search
-from fake_model import EOS, VOCAB_SIZE, SpreadDecoder, audit, make_engine, run_all, spread_logits
+from fake_model import EOS, VOCAB_SIZE, SpreadDecoder, audit, make_engine, preempt, run_all, spread_logits
 
 from cupaged.engine.scheduler import Scheduler
 from cupaged.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
@@ -139,10 +139,14 @@ def test_neighbours_and_chunks_change_nothing(chunk, caching):
 @pytest.mark.parametrize("width", [2, 3, 5, 8])
 @pytest.mark.parametrize("every", [1, 2, 3, 7])
 @pytest.mark.parametrize("caching", [False, True])
-def test_forced_preemption_loses_nothing(width, every, caching):
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_forced_preemption_loses_nothing(width, every, caching, mode):
     """Resumed, beams of one group get their next tokens together, though the budget is too small to compute them all
     again in one step."""
-    engine = make_search_engine(enable_prefix_caching=caching, max_num_batched_tokens=16, num_blocks=128)
+    engine = make_search_engine(
+        enable_prefix_caching=caching, max_num_batched_tokens=16, num_blocks=128, preemption_mode=mode,
+        swap_space_bytes=1 << 20,
+    )  # fmt: skip
     params = BeamSearchParams(width, 16, early_stopping="never")
     for i, prompt in enumerate(PROMPTS):
         engine.add_request(str(i), prompt, params)
@@ -151,9 +155,10 @@ def test_forced_preemption_loses_nothing(width, every, caching):
         outputs |= {output.request_id: output for output in engine.step() if output.finished}
         num_steps += 1
         if num_steps % every == 0 and len(engine.scheduler.running) > 1:
-            engine.scheduler.preempt(engine.scheduler.running[-1])
+            preempt(engine, engine.scheduler.running[-1])
         audit(engine)
     assert engine.stats().num_preemptions >= 14 // every
+    assert (engine.stats().num_swaps > 0) == (mode == "swap")
     for i, prompt in enumerate(PROMPTS):
         assert_found(outputs[str(i)], prompt, params)
     assert engine.stats().num_used_blocks == 0
