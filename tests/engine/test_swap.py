@@ -179,6 +179,22 @@ def test_a_block_that_was_to_be_copied_on_write_is_swapped_from_its_source():
     assert tokens(outputs["a"]) == expected(prompt_of(8), params_of(max_tokens=30))
 
 
+@pytest.mark.parametrize("num_blocks", [6, 7, 9])
+def test_class_20_copies_are_made_before_anybody_else_writes(num_blocks):
+    """In debug mode, where blocks are filled with NaN when they are freed and when they are handed out: what a step
+    takes from its victims it may hand out in the same step, for another request's blocks that come back too."""
+    engine = swapping_engine(num_blocks, debug=True, scheduling_policy="priority")
+    prompts = {str(i): prompt_of(7 + 4 * i, i) for i in range(5)}
+    for i, (name, prompt) in enumerate(prompts.items()):
+        engine.add_request(name, prompt, params_of(max_tokens=20), priority=-i)
+        for _ in range(3):
+            engine.step()
+    outputs = run_all(engine)
+    for name, output in outputs.items():
+        assert tokens(output) == expected(prompts[name], params_of(max_tokens=20))
+    assert engine.stats().num_swaps > 2
+
+
 def test_a_full_swap_space_means_recompute():
     engine = swapping_engine(swap_blocks=2)
     engine.add_request("a", prompt_of(9), params_of())
@@ -216,16 +232,39 @@ def test_blocks_that_came_back_can_be_found_once_they_are_written():
     engine.add_request("b", prompt_of(20), params_of(seed=4))
     assert run_all(engine)["b"].num_cached_tokens == 0  # and nothing that was computed before the reset
 
-    engine.add_request("c", prompt_of(20, 1), params_of())
+
+@pytest.mark.parametrize("in_the_same_step", [False, True])
+def test_blocks_that_came_back_serve_others_from_the_next_step_on(in_the_same_step):
+    engine = swapping_engine()
+    engine.add_request("a", prompt_of(20), params_of())
     engine.step()
     preempt(engine, engine.scheduler.running[0])
     engine.pool.forget_all()  # as if others had needed the blocks
-    engine.add_request("d", prompt_of(20, 1), params_of(seed=4))
-    engine.step()
+    if not in_the_same_step:
+        engine.step()
+    engine.add_request("b", prompt_of(20), params_of(seed=4))
     outputs = run_all(engine)
-    assert outputs["d"].num_cached_tokens == 0  # they came back in the step that admitted it
-    engine.add_request("e", prompt_of(20, 1), params_of())
-    assert run_all(engine)["e"].num_cached_tokens == 16
+    assert outputs["b"].num_cached_tokens == (0 if in_the_same_step else 16)
+    assert tokens(outputs["b"]) == expected(prompt_of(20), params_of(seed=4))
+
+
+def test_a_group_waits_for_a_step_with_a_token_for_each_of_its_sequences():
+    engine = swapping_engine(max_num_batched_tokens=4)
+    engine.add_request("x", prompt_of(4), params_of(3))
+    engine.step()
+    engine.add_request("a", prompt_of(9, 1), params_of())
+    for _ in range(2):
+        engine.step()  # 3 tokens of "x" and one of "a"
+    preempt(engine, engine.scheduler.running[0])
+    for left in (0, 1):  # 4 and 3 tokens of "a"
+        engine.step()
+        assert engine.runner.decoder.batches[-1] == (0, [4 - left])
+        assert engine.scheduler.waiting[0].is_swapped
+    engine.step()
+    assert engine.runner.decoder.batches[-1] == (4, [1] * 4)
+    outputs = run_all(engine)
+    assert tokens(outputs["x"]) == expected(prompt_of(4), params_of(3))
+    assert tokens(outputs["a"]) == expected(prompt_of(9, 1), params_of())
 
 
 # -- abort and failure --------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import gc
 import json
+import random
+import time
 import tracemalloc
 import weakref
 
@@ -10,6 +12,7 @@ from fake_model import VOCAB_SIZE, audit, expected_output, make_engine, preempt,
 
 from cupaged import LLM, SamplingParams
 from cupaged.config import EngineConfig
+from cupaged.engine.block_pool import BlockPool
 
 BLOCK_SIZE = 8  # of make_engine
 SLAB_BLOCKS = 8  # of an engine with 64 blocks
@@ -187,6 +190,49 @@ def test_an_interrupted_trim_leaves_the_books_in_order(monkeypatch):
     assert run_all(engine)["x"].outputs[0].token_ids == expected_output(prompt_of(200), 1, ignore_eos=True)
     engine.trim()
     assert engine.stats().kv_cache_bytes == 0
+
+
+def test_pool_against_a_model_while_slabs_come_and_go():
+    rng = random.Random(3)
+    present, holders = set(), []
+
+    def grow():
+        missing = set(range(5)) - present
+        if not missing or rng.random() < 0.2:
+            return 0
+        present.add(min(missing))
+        return 4
+
+    pool = BlockPool(grow)
+    num_removed = 0
+    for _ in range(5000):
+        held = {b for blocks in holders for b in blocks}
+        kind = rng.choice(["allocate", "free", "free", "remove"])
+        if kind == "allocate":
+            before = {b for slab in present for b in range(4 * slab, 4 * slab + 4)} - held
+            blocks = pool.allocate(rng.randrange(1, 4))
+            if blocks is not None:
+                assert not set(blocks) & held
+                holders.append(blocks)
+                slabs = [b // 4 for b in blocks if b in before]
+                assert slabs == sorted(slabs)  # the lowest first
+                assert all(b // 4 >= slabs[-1] for b in before - set(blocks)) if slabs else True
+        elif kind == "free" and holders:
+            pool.free(holders.pop(rng.randrange(len(holders))))
+        elif kind == "remove":
+            idle = pool.idle_slabs(time.monotonic())
+            assert idle == sorted(present - {b // 4 for b in held})
+            for slab in idle[: rng.randrange(3)]:
+                pool.remove_slab(slab)
+                present.remove(slab)
+                num_removed += 1
+        held = {b for blocks in holders for b in blocks}
+        everything = sorted(b for slab in present for b in range(4 * slab, 4 * slab + 4))
+        assert pool.block_ids() == everything
+        assert sorted(pool.unused_blocks()) == sorted(set(everything) - held)
+        assert (pool.num_blocks, pool.num_free_blocks) == (len(everything), len(everything) - len(held))
+        assert pool.idle_slabs(time.monotonic() - 100) == []
+    assert num_removed > 100
 
 
 # -- closing ------------------------------------------------------------------------------------------------

@@ -119,13 +119,18 @@ def test_class_24_hits_in_chunks_of_any_size(new_engine, chunk):
 
 @pytest.mark.parametrize("every", [1, 2, 3, 7])
 @pytest.mark.parametrize("caching", [False, True])
-def test_forced_preemption_every_few_steps(new_engine, every, caching):
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_forced_preemption_every_few_steps(new_engine, every, caching, mode):
     prompts = [prompt_of(length, length) for length in (5, 16, 27)]
-    engine = new_engine(max_num_batched_tokens=16, enable_prefix_caching=caching)
+    engine = new_engine(
+        max_num_batched_tokens=16, enable_prefix_caching=caching, preemption_mode=mode, swap_space_bytes=1 << 20
+    )
     for i, prompt in enumerate(prompts):
         engine.add_request(str(i), prompt, drawn(n=1 + i % 2))
     outputs = run(engine, preempt_every=every)
-    assert engine.stats().num_preemptions > 0
+    stats = engine.stats()
+    assert stats.num_preemptions > 0
+    assert stats.num_swaps == (stats.num_preemptions if mode == "swap" else 0)
     for i, prompt in enumerate(prompts):
         for completion in outputs[str(i)].outputs:
             assert_same(completion, alone(new_engine, prompt, drawn(seed=11 + completion.index)))
