@@ -171,18 +171,18 @@ class FakeDecoder:
 
 
 class SpreadDecoder(FakeDecoder):
-    """As FakeDecoder, but all tokens have logits of their own, so that there is something to search. EOS is likely."""
+    """As FakeDecoder, but the other tokens have logits of their own, so that there is something to search."""
 
     def logits_after(self, token_ids):
         return spread_logits(token_ids)
 
 
 def spread_logits(token_ids) -> np.ndarray:
-    """[VOCAB_SIZE] float32, a hash of all tokens."""
-    token_ids = np.asarray(token_ids)
-    assert np.isfinite(token_ids).all()
-    logits = np.random.default_rng(token_ids.astype(np.int32)).normal(0, 2, VOCAB_SIZE)
+    """[VOCAB_SIZE] float32, a hash of all tokens. EOS is likely."""
+    best = most_likely_token(token_ids)
+    logits = np.random.default_rng(np.asarray(token_ids, np.int32)).normal(0, 2, VOCAB_SIZE)
     logits[EOS] += 3
+    logits[best] = 0.1 + logits.max()
     return logits.astype(np.float32)
 
 

@@ -1,5 +1,5 @@
-"""Random walks over the engine: add, fork, write to shared blocks, hit, evict, preempt both ways, resume, abort all or
-a part, fail in the middle, run out of memory; every invariant after every step.
+"""Random walks over the engine: add, fork, search with beams, write to shared blocks, hit, evict, preempt both ways,
+resume, abort all or a part, fail in the middle, run out of memory; every invariant after every step.
 
 CUPAGED_WALKS sets the number of walks, for a longer run.
 """
@@ -7,13 +7,26 @@ CUPAGED_WALKS sets the number of walks, for a longer run.
 import os
 import random
 
-from fake_model import VOCAB_SIZE, audit, expected_output, make_engine, model_with, preempt
+import pytest
+from beam_reference import beam_search
+from fake_model import (
+    EOS,
+    VOCAB_SIZE,
+    SpreadDecoder,
+    audit,
+    expected_output,
+    make_engine,
+    model_with,
+    preempt,
+    spread_logits,
+)
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
 
-from cupaged.sampling_params import RequestOutputKind, SamplingParams
+from cupaged.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
+MIN_GAP = 1e-5  # searches that hang on less are not compared: log probabilities are float32
 NUM_WALKS = int(os.environ.get("CUPAGED_WALKS", "100"))
 # Prompts are the beginnings of these, and of mixtures: they meet in the cache at every length.
 TEXTS = [[random.Random(i).randrange(VOCAB_SIZE) for _ in range(60)] for i in range(3)]
@@ -36,6 +49,7 @@ class EngineWalk(RuleBasedStateMachine):
     )
     def start(self, hash_bytes, window, **config):
         self.engine = make_engine(model=model_with(sliding_window=window), **config)
+        self.engine.runner.decoder = SpreadDecoder(window)
         if hash_bytes is not None and self.engine.hasher is not None:
             self.engine.hasher.hash_block = lambda parent, data: bytes([(sum(parent) + sum(data)) % 7][:hash_bytes])
         self.by_priority = config["scheduling_policy"] == "priority"
@@ -67,6 +81,26 @@ class EngineWalk(RuleBasedStateMachine):
             ignore_eos=ignore_eos,
             output_kind=RequestOutputKind.DELTA,
         )
+        return self.add_request(prompt, params, n, priority=priority, cache_salt=cache_salt)
+
+    @rule(
+        target=requests,
+        length=st.integers(1, 40),
+        text=st.integers(0, 2),
+        width=st.integers(1, 5),
+        max_tokens=st.integers(1, 12),
+        ignore_eos=st.booleans(),
+        early_stopping=st.sampled_from([False, True, "never"]),
+        priority=st.integers(0, 2),
+    )
+    def add_beam_search(self, length, text, width, max_tokens, ignore_eos, early_stopping, priority):
+        params = BeamSearchParams(
+            width, max_tokens, ignore_eos, early_stopping=early_stopping, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        return self.add_request(TEXTS[text][:length], params, width, priority=priority)
+
+    def add_request(self, prompt, params, n, **options):
+        length, max_tokens = len(prompt), params.max_tokens
         request_id = str(self.num_added)
         self.num_added += 1
         block_size, shared = self.engine.config.block_size, length // self.engine.config.block_size
@@ -74,7 +108,7 @@ class EngineWalk(RuleBasedStateMachine):
         num_blocks = shared + n * (-(-(end - 1) // block_size) - shared)
         too_long = length >= self.engine.max_model_len
         try:
-            self.engine.add_request(request_id, prompt, params, priority=priority, cache_salt=cache_salt)
+            self.engine.add_request(request_id, prompt, params, **options)
         except ValueError:
             assert too_long or n > self.engine.scheduler.max_num_seqs or num_blocks > self.engine.arena.max_blocks
             return multiple()
@@ -94,11 +128,16 @@ class EngineWalk(RuleBasedStateMachine):
     def abort(self, request_id):
         output = self.engine.abort(request_id)
         if output is not None:
-            assert {completion.finish_reason for completion in output.outputs} == {"abort"}
+            reasons = {completion.finish_reason for completion in output.outputs}
+            assert reasons <= {"abort", "stop"} if self.is_beam_search(request_id) else reasons == {"abort"}
             del self.asked[request_id]
 
     @rule(request_id=requests, index=st.integers(0, 3))
     def abort_a_part(self, request_id, index):
+        if self.engine.has_request(request_id) and self.is_beam_search(request_id):
+            with pytest.raises(ValueError, match="beam search"):
+                self.engine.abort(request_id, index)
+            return
         output = self.engine.abort(request_id, index)
         if output is not None:
             self.aborted.add((request_id, index))
@@ -106,6 +145,8 @@ class EngineWalk(RuleBasedStateMachine):
 
     @rule(request_id=requests, index=st.none() | st.integers(0, 3))
     def abort_in_mid_step(self, request_id, index):
+        if self.engine.has_request(request_id) and self.is_beam_search(request_id):
+            index = None
         self.engine.runner.decoder.during_forward = lambda: self.engine.abort(request_id, index)
         if self.engine.has_request(request_id):
             self.aborted |= {(request_id, i) for i in range(4) if index in (None, i)}
@@ -165,6 +206,9 @@ class EngineWalk(RuleBasedStateMachine):
     def take_in(self, outputs):
         for output in outputs:
             prompt, params = self.asked[output.request_id]
+            if isinstance(params, BeamSearchParams):
+                self.take_in_beams(output, prompt, params)
+                continue
             for completion in output.outputs:
                 tokens = self.received[output.request_id][completion.index]
                 tokens += completion.token_ids
@@ -186,6 +230,31 @@ class EngineWalk(RuleBasedStateMachine):
                     assert tokens == expected
             if output.finished:
                 del self.asked[output.request_id]
+
+    def take_in_beams(self, output, prompt, params):
+        assert output.finished
+        del self.asked[output.request_id]
+        reasons = {completion.finish_reason for completion in output.outputs}
+        if "error" in reasons:
+            assert self.memory_was_short
+            return
+        if (output.request_id, 0) in self.aborted:
+            return
+        assert reasons <= {"stop", "length"}
+        window = self.engine.model.sliding_window or 0
+        found, gap = beam_search(
+            lambda token_ids: spread_logits(token_ids[-window:]),
+            prompt,
+            params.beam_width,
+            min(params.max_tokens, self.engine.max_model_len - len(prompt)),
+            stop_token_ids=() if params.ignore_eos else (EOS,),
+            early_stopping=params.early_stopping,
+        )
+        if gap > MIN_GAP:
+            assert [completion.token_ids for completion in output.outputs] == [f.token_ids for f in found]
+
+    def is_beam_search(self, request_id):
+        return isinstance(self.asked[request_id][1], BeamSearchParams)
 
     def teardown(self):
         if not hasattr(self, "engine"):
