@@ -58,7 +58,12 @@ class SwapSpace:
         self._ins: list[tuple[int, int]] = []  # (block here, block of the cache)
 
     def pays(self, request: Request) -> bool:
-        """Whether copying what `request` has computed out and in again takes less time than computing it again."""
+        """Whether copying what `request` has computed out and in again takes less time than computing it again:
+
+            2 * bytes / copy_rate < tokens / prefill_rate
+
+        with the rates of this engine's own copies, and of its own steps with a prompt in them.
+        """
         held = _distinct(self._computed_blocks(seq) for seq in request.active)
         num_bytes = 2 * len(held) * self.bytes_per_block
         return num_bytes / self.copy_rate.per_second < request.num_computed_tokens / self.prefill_rate.per_second
