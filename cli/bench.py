@@ -233,7 +233,7 @@ def startup(ctx, repeats, json_file, model, load_format, **options) -> None:
         figures, last = measure(
             {"model": str(path), "load_format": load_format, **_llm_options(options)}, repeats=repeats, say=_say
         )
-        report |= {"model": {"path": str(path), "load_format": load_format}, **last, "figures": figures}
+        report |= {"model": {"name": path.name, "load_format": load_format}, **last, "figures": figures}
         _show_head(report)
         _show_figures(
             report,
@@ -295,7 +295,7 @@ def kernels(ctx, rows, decode, prefill, only, repeats, json_file, model, device,
     backend, timer = open_backend(use_cuda, choose_dtype(dtype, config.dtype, use_cuda)), GraphTimer(repeats)
     with _report(ctx, json_file) as report:
         report |= {
-            "model": {"path": str(path), "dtype": str(backend.dtype)},
+            "model": {"name": path.name, "dtype": str(backend.dtype)},
             "environment": environment(backend),
         }
         cases = KernelCases(
@@ -368,7 +368,7 @@ def _load(report: dict[str, Any], model: str | None, load_format: str, options: 
     with LLM(path, load_format=load_format, **_llm_options(options)) as llm:
         engine = llm.engine
         report["model"] = {
-            "path": str(path),
+            "name": path.name,
             "load_format": load_format,
             "architecture": engine.model.architecture,
             "dtype": str(engine.backend.dtype),
@@ -383,7 +383,7 @@ def _load(report: dict[str, Any], model: str | None, load_format: str, options: 
 def _show_head(report: dict[str, Any]) -> None:
     environment, model = report["environment"], report["model"]
     click.echo(f"device: {environment.get('gpu') or environment['device']}; load {environment['load_average'][0]}")
-    click.echo(f"model:  {model['path']}" + (f", {model['dtype']}" if "dtype" in model else ""))
+    click.echo(f"model:  {model['name']}" + (f", {model['dtype']}" if "dtype" in model else ""))
     click.echo(f"commit: {environment['commit'] or 'unknown'}, cupaged {environment['cupaged']}")
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_model import make_engine, model_with
+from paper.beams import StandInModel, beam_sharing
+from paper.contiguous import RESERVATIONS, BuddyAllocator, ContiguousBlocks
+from paper.experiments import CONFIDENCE, shared_prefix
+from paper.report import report
+from paper.simulation import BLOCK_SIZE, NUM_SLOTS, PAGED, Simulation
+from paper.step_time import A100_13B, UNIT
+from paper.traces import ALPACA, MAX_LEN, SHAREGPT
 
-from benchmarks.paper.beams import StandInModel, beam_sharing
-from benchmarks.paper.contiguous import RESERVATIONS, BuddyAllocator, ContiguousBlocks
-from benchmarks.paper.experiments import CONFIDENCE, shared_prefix
-from benchmarks.paper.report import report
-from benchmarks.paper.simulation import BLOCK_SIZE, NUM_SLOTS, PAGED, Simulation
-from benchmarks.paper.step_time import A100_13B, UNIT
-from benchmarks.paper.traces import ALPACA, MAX_LEN, SHAREGPT
 from cupaged.benchmark.workload import Workload
 from cupaged.sampling_params import SamplingParams
 

@@ -1,8 +1,8 @@
 """Compute the paper's figures again.
 
-    python -m benchmarks.paper
+    cd benchmarks && python -m paper
 
-Run from the repository's root. Writes benchmarks/results/paper.json and docs/paper.md and, if matplotlib can be
+Writes benchmarks/results/paper.json and docs/paper.md and, if matplotlib can be
 imported (the extra "plot"), docs/paper-*.png. Takes about two minutes on one core and needs no GPU.
 """
 

@@ -53,7 +53,7 @@ def _introduction(figures: dict[str, Any]) -> str:
 
 The figures of *Efficient Memory Management for Large Language Model Serving with PagedAttention* (Kwon et al., SOSP
 2023, [arXiv 2309.06180](https://arxiv.org/abs/2309.06180)), from its stated length statistics and cupaged's own
-scheduler, block manager and beam search. This file is written by `python -m benchmarks.paper`, the numbers behind it
+scheduler, block manager and beam search. This file is written by `benchmarks/paper`, the numbers behind it
 are in `benchmarks/results/paper.json`, and `tests/test_paper.py` holds the main ones within bands.
 
 **What is real and what is a model.** Admission, preemption, block tables, reference counts, copy-on-write, beam search
