@@ -14,6 +14,7 @@ from cupaged.engine.block_pool import NULL_BLOCK
 from cupaged.engine.engine import Engine
 from cupaged.engine.sequence import SequenceState
 from cupaged.errors import OutOfMemoryError
+from cupaged.sampling_params import SamplingParams
 
 VOCAB_SIZE = 50
 EOS = 0
@@ -304,3 +305,26 @@ def cached_tokens(engine, seq, table, arena) -> list[int]:
 def tokens_at(slots, arena):
     slabs, indices, offsets = locate(np.asarray(slots, int), arena)
     return np.array([arena.slabs[s][0, 0, i, 0, o, 0] for s, i, o in zip(slabs, indices, offsets, strict=True)])
+
+
+# -- prompts, parameters, and what should come of them --------------------------------------------------------
+
+
+def prompt_of(length, salt=0):
+    return [(i * 7 + salt) % VOCAB_SIZE for i in range(length)]
+
+
+def params_of(n=1, seed=3, max_tokens=20, **fields):
+    return SamplingParams(n=n, seed=seed, max_tokens=max_tokens, **{"ignore_eos": True, **fields})
+
+
+def expected_outputs(prompt, params):
+    """The outputs of `params.n` requests with one output each, seeded one after another."""
+    return [
+        expected_output(prompt, params.max_tokens, seed=params.seed + i, ignore_eos=params.ignore_eos)
+        for i in range(params.num_sequences)
+    ]
+
+
+def tokens(output):
+    return [completion.token_ids for completion in output.outputs]

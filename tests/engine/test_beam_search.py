@@ -6,7 +6,7 @@ from itertools import chain, pairwise
 import numpy as np
 import pytest
 from beam_reference import beam_search
-from fake_model import EOS, VOCAB_SIZE, SpreadDecoder, audit, make_engine, preempt, run_all, spread_logits
+from fake_model import EOS, VOCAB_SIZE, SpreadDecoder, audit, make_engine, preempt, prompt_of, run_all, spread_logits
 
 from cupaged.engine.scheduler import Scheduler
 from cupaged.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
@@ -44,10 +44,6 @@ def make_search_engine(**config):
     engine = make_engine(**config)
     engine.runner.decoder = SpreadDecoder()
     return engine
-
-
-def prompt_of(length, salt=0):
-    return [(i * 7 + salt) % VOCAB_SIZE for i in range(length)]
 
 
 def expected(prompt, params: BeamSearchParams):

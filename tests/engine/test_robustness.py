@@ -6,14 +6,10 @@ import time
 
 import numpy as np
 import pytest
-from fake_model import VOCAB_SIZE, audit, expected_output, make_engine, run_all
+from fake_model import audit, expected_output, make_engine, prompt_of, run_all
 
 from cupaged.errors import CupagedError, QueueFullError
 from cupaged.sampling_params import SamplingParams
-
-
-def prompt_of(length, salt=0):
-    return [(i * 7 + salt) % VOCAB_SIZE for i in range(length)]
 
 
 def greedy(max_tokens=20, **fields):

@@ -1,31 +1,11 @@
 """Several outputs of one prompt: forks, copies on write, and what happens to groups."""
 
 import pytest
-from fake_model import EOS, VOCAB_SIZE, audit, expected_output, make_engine, run_all
+from fake_model import EOS, audit, expected_outputs, make_engine, params_of, prompt_of, run_all, tokens
 
-from cupaged.sampling_params import RequestOutputKind, SamplingParams
+from cupaged.sampling_params import RequestOutputKind
 
 BLOCK_SIZE = 8  # of make_engine
-
-
-def prompt_of(length, salt=0):
-    return [(i * 7 + salt) % VOCAB_SIZE for i in range(length)]
-
-
-def params_of(n, seed=3, max_tokens=20, **fields):
-    return SamplingParams(n=n, seed=seed, max_tokens=max_tokens, **{"ignore_eos": True, **fields})
-
-
-def expected(prompt, params):
-    """The outputs of `params.n` requests with one output each, seeded one after another."""
-    return [
-        expected_output(prompt, params.max_tokens, seed=params.seed + i, ignore_eos=params.ignore_eos)
-        for i in range(params.num_sequences)
-    ]
-
-
-def tokens(output):
-    return [completion.token_ids for completion in output.outputs]
 
 
 # -- copy-on-write ------------------------------------------------------------------------------------------
@@ -40,7 +20,7 @@ def test_class_1_children_that_share_a_half_full_block_get_copies(num_full, rema
     engine, params = make_engine(), params_of(3)
     engine.add_request("x", prompt, params)
     output = run_all(engine)["x"]
-    assert tokens(output) == expected(prompt, params)
+    assert tokens(output) == expected_outputs(prompt, params)
     assert engine.stats().num_copies == (2 if remainder else 0)
     assert engine.stats().num_used_blocks == 0
 
@@ -83,17 +63,17 @@ def test_n_outputs_are_those_of_n_requests_whatever_the_chunks(chunk, caching):
         engine.add_request(str(i), prompt, params)
     outputs = run_all(engine)
     for i, prompt in enumerate(prompts):
-        assert tokens(outputs[str(i)]) == expected(prompt, params)
+        assert tokens(outputs[str(i)]) == expected_outputs(prompt, params)
 
 
 def test_children_end_one_by_one_and_give_back_what_is_theirs_alone():
     params = params_of(3, ignore_eos=False)
     prompts = [prompt_of(12, salt) for salt in range(200)]
-    prompt = next(p for p in prompts if len({len(output) for output in expected(p, params)}) == 3)
+    prompt = next(p for p in prompts if len({len(output) for output in expected_outputs(p, params)}) == 3)
     engine = make_engine()
     engine.add_request("x", prompt, params)
     output = run_all(engine)["x"]
-    assert tokens(output) == expected(prompt, params)
+    assert tokens(output) == expected_outputs(prompt, params)
     assert EOS in [t[-1] for t in tokens(output)]
     assert engine.stats().num_used_blocks == 0
 
@@ -118,7 +98,7 @@ def test_class_12_groups_are_preempted_and_resumed_together(n, caching):
         audit(engine)
     assert engine.stats().num_preemptions > 0
     for i, prompt in enumerate(prompts):
-        assert tokens(last[str(i)]) == expected(prompt, params)
+        assert tokens(last[str(i)]) == expected_outputs(prompt, params)
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 5])
@@ -141,7 +121,7 @@ def test_classes_13_and_14_forced_preemption_repeats_and_loses_nothing(every, n,
             engine.scheduler.preempt(engine.scheduler.running[-1])
         audit(engine)
     assert engine.stats().num_preemptions > 3
-    assert received == {name: expected(prompt, params) for name, prompt in prompts.items()}
+    assert received == {name: expected_outputs(prompt, params) for name, prompt in prompts.items()}
 
 
 def test_a_preempted_group_shares_its_prompt_again():
@@ -156,7 +136,7 @@ def test_a_preempted_group_shares_its_prompt_again():
     engine.step()  # each one's own output
     assert engine.stats().num_used_blocks == used
     assert sum(engine.runner.decoder.batches[-1][1]) == 3 * 6
-    assert tokens(run_all(engine)["x"]) == expected(prompt_of(20), params_of(3))
+    assert tokens(run_all(engine)["x"]) == expected_outputs(prompt_of(20), params_of(3))
 
 
 # -- abort and failure --------------------------------------------------------------------------------------
@@ -177,9 +157,9 @@ def test_class_18_abort_at_every_step_of_all_or_of_one_output(num_steps, index):
     audit(engine)
     outputs = run_all(engine)
     for name, prompt, n in (("a", prompt_of(9), 2), ("b", prompt_of(9, salt=2), 1)):
-        assert tokens(outputs[name]) == expected(prompt, params_of(n))
+        assert tokens(outputs[name]) == expected_outputs(prompt, params_of(n))
     final = output if index is None else outputs["x"]
-    for completion, wanted in zip(final.outputs, expected(prompt_of(20, 1), params_of(3)), strict=True):
+    for completion, wanted in zip(final.outputs, expected_outputs(prompt_of(20, 1), params_of(3)), strict=True):
         if index is None or completion.index == index:
             assert completion.finish_reason == "abort"
             assert completion.token_ids == wanted[: len(completion.token_ids)]
@@ -201,7 +181,7 @@ def test_a_failing_step_of_a_group_leaks_nothing():
         audit(engine)
         assert engine.stats().num_used_blocks == 0
         engine.add_request("x", prompt_of(20), params_of(3))
-        assert tokens(run_all(engine)["x"]) == expected(prompt_of(20), params_of(3))
+        assert tokens(run_all(engine)["x"]) == expected_outputs(prompt_of(20), params_of(3))
 
 
 # -- outputs ------------------------------------------------------------------------------------------------
@@ -214,7 +194,7 @@ def test_class_35_each_output_keeps_its_index(kind):
         (prompt, params)
         for salt in range(100)
         for prompt, params in [(prompt_of(12, salt), params_of(4, output_kind=kind, ignore_eos=False, max_tokens=30))]
-        if len({len(t) for t in expected(prompt, params)}) == 4
+        if len({len(t) for t in expected_outputs(prompt, params)}) == 4
     )
     engine = make_engine()
     engine.add_request("x", prompt, params)
@@ -238,7 +218,7 @@ def test_class_35_each_output_keeps_its_index(kind):
                     assert completion.token_ids[: len(deltas[completion.index])] == deltas[completion.index]
                     deltas[completion.index] = completion.token_ids
             last = output
-    assert deltas == expected(prompt, params)
+    assert deltas == expected_outputs(prompt, params)
     assert last.finished
     if kind is RequestOutputKind.DELTA:
         assert ends == [1] * 4

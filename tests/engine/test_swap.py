@@ -1,35 +1,26 @@
 """Preempted requests keep what they have computed in the host's memory, or compute it again: nobody can tell."""
 
 import pytest
-from fake_model import BYTES_PER_TOKEN, VOCAB_SIZE, audit, expected_output, make_engine, preempt, run_all
+from fake_model import (
+    BYTES_PER_TOKEN,
+    audit,
+    expected_outputs,
+    make_engine,
+    params_of,
+    preempt,
+    prompt_of,
+    run_all,
+    tokens,
+)
 
 from cupaged.config import EngineConfig
 from cupaged.engine.sequence import SequenceState
 from cupaged.engine.swap import Rate
-from cupaged.sampling_params import RequestOutputKind, SamplingParams
+from cupaged.sampling_params import RequestOutputKind
 
 BLOCK_SIZE = 8  # of make_engine
 BLOCK_BYTES = BLOCK_SIZE * BYTES_PER_TOKEN
 MODES = ["recompute", "swap"]
-
-
-def prompt_of(length, salt=0):
-    return [(i * 7 + salt) % VOCAB_SIZE for i in range(length)]
-
-
-def params_of(n=1, seed=3, max_tokens=20, **fields):
-    return SamplingParams(n=n, seed=seed, max_tokens=max_tokens, **{"ignore_eos": True, **fields})
-
-
-def expected(prompt, params):
-    return [
-        expected_output(prompt, params.max_tokens, seed=params.seed + i, ignore_eos=params.ignore_eos)
-        for i in range(params.num_sequences)
-    ]
-
-
-def tokens(output):
-    return [completion.token_ids for completion in output.outputs]
 
 
 def swapping_engine(num_blocks=64, swap_blocks=64, **config):
@@ -69,7 +60,7 @@ def test_class_12_a_tiny_pool_gives_what_a_large_one_gives(n, mode, caching, swa
         else:
             assert stats.num_preemptions > 0
             assert (stats.num_swaps > 0) == (mode == "swap")
-    assert outputs[2 + 4 * n] == outputs[500] == {name: expected(p, params) for name, p in prompts.items()}
+    assert outputs[2 + 4 * n] == outputs[500] == {name: expected_outputs(p, params) for name, p in prompts.items()}
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 5])
@@ -98,7 +89,7 @@ def test_classes_13_and_14_forced_preemption_every_k_steps_repeats_and_loses_not
     stats = engine.stats()
     assert stats.num_preemptions >= 3
     assert stats.num_swaps == (stats.num_preemptions if mode == "swap" else 0)
-    assert received == {name: expected(prompt, params) for name, prompt in prompts.items()}
+    assert received == {name: expected_outputs(prompt, params) for name, prompt in prompts.items()}
     if mode == "swap":  # no token was computed twice
         assert computed_tokens(engine) == sum(len(prompt) + n * 19 for prompt in prompts.values())
         assert stats.num_tokens_lost == 0
@@ -130,7 +121,7 @@ def test_a_request_of_higher_priority_takes_the_place_and_gives_it_back():
     engine.add_request("c", prompts["c"], params_of(), priority=0)
     outputs = run_all(engine)
     assert {name: tokens(output) for name, output in outputs.items()} == {
-        name: expected(prompt, params_of()) for name, prompt in prompts.items()
+        name: expected_outputs(prompt, params_of()) for name, prompt in prompts.items()
     }
     assert engine.stats().num_swaps > 0
 
@@ -157,7 +148,7 @@ def test_a_group_goes_out_and_comes_back_with_each_shared_block_once():
     assert stats.num_copies == 2
     assert stats.swap_seconds > 0
     assert computed_tokens(engine) == 20 + 3
-    assert tokens(run_all(engine)["x"]) == expected(prompt_of(20), params_of(3))
+    assert tokens(run_all(engine)["x"]) == expected_outputs(prompt_of(20), params_of(3))
 
 
 def test_a_block_that_was_to_be_copied_on_write_is_swapped_from_its_source():
@@ -175,8 +166,8 @@ def test_a_block_that_was_to_be_copied_on_write_is_swapped_from_its_source():
     assert engine.stats().num_swapped_blocks == len(table) == 3
     audit(engine)
     outputs = run_all(engine)
-    assert tokens(outputs["x"]) == expected(prompt_of(20), params_of(3, max_tokens=4))
-    assert tokens(outputs["a"]) == expected(prompt_of(8), params_of(max_tokens=30))
+    assert tokens(outputs["x"]) == expected_outputs(prompt_of(20), params_of(3, max_tokens=4))
+    assert tokens(outputs["a"]) == expected_outputs(prompt_of(8), params_of(max_tokens=30))
 
 
 @pytest.mark.parametrize("num_blocks", [6, 7, 9])
@@ -191,7 +182,7 @@ def test_class_20_copies_are_made_before_anybody_else_writes(num_blocks):
             engine.step()
     outputs = run_all(engine)
     for name, output in outputs.items():
-        assert tokens(output) == expected(prompts[name], params_of(max_tokens=20))
+        assert tokens(output) == expected_outputs(prompts[name], params_of(max_tokens=20))
     assert engine.stats().num_swaps > 2
 
 
@@ -207,8 +198,8 @@ def test_a_full_swap_space_means_recompute():
     stats = engine.stats()
     assert (stats.num_preemptions, stats.num_swaps, stats.num_tokens_lost) == (2, 1, 20)
     outputs = run_all(engine)
-    assert tokens(outputs["a"]) == expected(prompt_of(9), params_of())
-    assert tokens(outputs["b"]) == expected(prompt_of(20, 1), params_of())
+    assert tokens(outputs["a"]) == expected_outputs(prompt_of(9), params_of())
+    assert tokens(outputs["b"]) == expected_outputs(prompt_of(20, 1), params_of())
 
 
 def test_no_host_memory_means_recompute():
@@ -219,7 +210,7 @@ def test_no_host_memory_means_recompute():
     preempt(engine, engine.scheduler.running[0])
     engine.backend.out_of_memory = False
     assert engine.stats().num_swaps == 0
-    assert tokens(run_all(engine)["a"]) == expected(prompt_of(9), params_of())
+    assert tokens(run_all(engine)["a"]) == expected_outputs(prompt_of(9), params_of())
 
 
 def test_blocks_that_came_back_can_be_found_once_they_are_written():
@@ -245,7 +236,7 @@ def test_blocks_that_came_back_serve_others_from_the_next_step_on(in_the_same_st
     engine.add_request("b", prompt_of(20), params_of(seed=4))
     outputs = run_all(engine)
     assert outputs["b"].num_cached_tokens == (0 if in_the_same_step else 16)
-    assert tokens(outputs["b"]) == expected(prompt_of(20), params_of(seed=4))
+    assert tokens(outputs["b"]) == expected_outputs(prompt_of(20), params_of(seed=4))
 
 
 def test_a_group_waits_for_a_step_with_a_token_for_each_of_its_sequences():
@@ -263,8 +254,8 @@ def test_a_group_waits_for_a_step_with_a_token_for_each_of_its_sequences():
     engine.step()
     assert engine.runner.decoder.batches[-1] == (4, [1] * 4)
     outputs = run_all(engine)
-    assert tokens(outputs["x"]) == expected(prompt_of(4), params_of(3))
-    assert tokens(outputs["a"]) == expected(prompt_of(9, 1), params_of())
+    assert tokens(outputs["x"]) == expected_outputs(prompt_of(4), params_of(3))
+    assert tokens(outputs["a"]) == expected_outputs(prompt_of(9, 1), params_of())
 
 
 # -- abort and failure --------------------------------------------------------------------------------------
@@ -286,7 +277,7 @@ def test_class_18_abort_of_a_swapped_request_or_of_one_output(num_steps, index):
         assert not engine.has_unfinished_requests()
     else:
         output = run_all(engine)["x"]
-    for completion, wanted in zip(output.outputs, expected(prompt_of(20, 1), params_of(3)), strict=True):
+    for completion, wanted in zip(output.outputs, expected_outputs(prompt_of(20, 1), params_of(3)), strict=True):
         if index is None or completion.index == index:
             assert completion.finish_reason == "abort"
             assert completion.token_ids == wanted[: len(completion.token_ids)]
@@ -312,7 +303,7 @@ def test_a_swapped_request_outlives_a_failing_step():
     outputs = run_all(engine)
     assert set(received) == set(outputs)
     for name, output in outputs.items():
-        assert tokens(output) == expected(prompt_of(9 + int(name), int(name)), params_of(max_tokens=30))
+        assert tokens(output) == expected_outputs(prompt_of(9 + int(name), int(name)), params_of(max_tokens=30))
 
 
 @pytest.mark.parametrize("method", ["swap", "run"])
@@ -334,7 +325,7 @@ def test_a_swap_that_fails_leaks_nothing(method, monkeypatch):
     audit(engine)
     assert engine.has_unfinished_requests()
     for name, output in run_all(engine).items():
-        assert tokens(output) == expected(prompt_of(9 + int(name), int(name)), params_of(max_tokens=30))
+        assert tokens(output) == expected_outputs(prompt_of(9 + int(name), int(name)), params_of(max_tokens=30))
 
 
 def lose_a_reference(engine):
@@ -384,7 +375,7 @@ def test_auto_compares_copies_both_ways_with_the_tokens_to_compute_again(
     engine.swap.copy_rate, engine.swap.prefill_rate = Rate(bytes_per_second), Rate(tokens_per_second)
     preempt(engine, engine.scheduler.running[0])
     assert engine.scheduler.waiting[0].is_swapped is is_swapped
-    assert tokens(run_all(engine)["x"]) == expected(prompt_of(20), params_of())
+    assert tokens(run_all(engine)["x"]) == expected_outputs(prompt_of(20), params_of())
 
 
 def test_a_prompt_that_several_outputs_share_is_computed_once():

@@ -8,7 +8,7 @@ import tracemalloc
 import weakref
 
 import pytest
-from fake_model import VOCAB_SIZE, audit, expected_output, make_engine, preempt, run_all
+from fake_model import audit, expected_output, make_engine, preempt, prompt_of, run_all
 
 from cupaged import LLM, SamplingParams
 from cupaged.config import EngineConfig
@@ -17,10 +17,6 @@ from cupaged.engine.block_pool import BlockPool
 BLOCK_SIZE = 8  # of make_engine
 SLAB_BLOCKS = 8  # of an engine with 64 blocks
 SLAB_BYTES = SLAB_BLOCKS * BLOCK_SIZE * 16
-
-
-def prompt_of(length, salt=0):
-    return [(i * 7 + salt) % VOCAB_SIZE for i in range(length)]
 
 
 def greedy(max_tokens=20):

@@ -1,7 +1,7 @@
 """Sliding windows: blocks that no token attends to any more are given back, and never too early."""
 
 import pytest
-from fake_model import VOCAB_SIZE, audit, expected_output, make_engine, model_with, preempt, run_all
+from fake_model import VOCAB_SIZE, audit, expected_output, make_engine, model_with, preempt, run_all, tokens
 
 from cupaged.engine.block_pool import NULL_BLOCK
 from cupaged.sampling_params import SamplingParams
@@ -17,10 +17,6 @@ def prompt_of(length, salt=0):
 
 def greedy(max_tokens):
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-
-
-def tokens(output):
-    return [completion.token_ids for completion in output.outputs]
 
 
 @pytest.mark.parametrize("window", WINDOWS)
