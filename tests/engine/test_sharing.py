@@ -12,11 +12,9 @@ BLOCK_SIZE = 8  # of make_engine
 
 
 @pytest.mark.parametrize("remainder", range(BLOCK_SIZE))
-@pytest.mark.parametrize("num_full", [0, 2])
+@pytest.mark.parametrize("num_full", [1, 2])
 def test_class_1_children_that_share_a_half_full_block_get_copies(num_full, remainder):
     prompt = prompt_of(num_full * BLOCK_SIZE + remainder)
-    if not prompt:
-        return
     engine, params = make_engine(), params_of(3)
     engine.add_request("x", prompt, params)
     output = run_all(engine)["x"]
