@@ -13,7 +13,6 @@ DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 SCHEDULING_POLICIES = ("fcfs", "priority")
 PREEMPTION_MODES = ("auto", "recompute", "swap")
-HEAD_DIMS = (64, 80, 96, 128, 256)
 
 
 @dataclass(frozen=True)

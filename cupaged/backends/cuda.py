@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from cupaged.backends.base import Array
-from cupaged.config import ModelConfig
+from cupaged.config import BLOCK_SIZES, ModelConfig
 from cupaged.engine.batch import Batch
 from cupaged.errors import DeviceError, OutOfMemoryError
 from cupaged.kernels import registry
 from cupaged.kernels.activation import silu_and_mul
-from cupaged.kernels.checks import BLOCK_SIZES, C_TYPE, HALF_TYPES, ceil_div, check, check_that
+from cupaged.kernels.checks import C_TYPE, HALF_TYPES, ceil_div, check, check_that
 from cupaged.kernels.compile import load_kernels
 from cupaged.kernels.copy_blocks import copy_blocks
 from cupaged.kernels.device import device_info

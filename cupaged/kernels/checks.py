@@ -13,9 +13,8 @@ FLOAT32 = np.dtype(np.float32)
 C_TYPE = {BFLOAT16: "__nv_bfloat16", FLOAT16: "__half", FLOAT32: "float"}
 HALF_TYPES = (BFLOAT16, FLOAT16)  # activations, weights and the KV cache; also what the tensor cores take
 
-# The shapes of the KV cache that the kernels are instantiated for.
+# The KV cache shapes that kernels are instantiated for: these, and config.BLOCK_SIZES.
 HEAD_DIMS = (64, 80, 96, 128, 256)
-BLOCK_SIZES = (8, 16, 32, 64)
 
 VECTOR_BYTES = 16  # the widest load and store
 

@@ -7,9 +7,9 @@ from collections.abc import Collection
 
 import numpy as np
 
+from cupaged.config import BLOCK_SIZES
 from cupaged.kernels.checks import HALF_TYPES, check, check_dtype, check_that
 
-BLOCK_SIZES = (8, 16, 32, 64)
 MAX_GRID_YZ = 65535
 NO_WINDOW = 1 << 30  # to the kernels, a window that no sequence fills
 

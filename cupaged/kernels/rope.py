@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from cupaged.config import BLOCK_SIZES
 from cupaged.kernels.checks import (
-    BLOCK_SIZES,
     C_TYPE,
     HALF_TYPES,
     HEAD_DIMS,
