@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from operator import index
 
@@ -26,6 +25,7 @@ from cupaged.engine.runner import Runner
 from cupaged.engine.sampler import Logprobs
 from cupaged.engine.scheduler import Schedule, Scheduler
 from cupaged.engine.sequence import Request, Sequence, SequenceState
+from cupaged.engine.stats import Counts, EngineStats, stats
 from cupaged.engine.swap import SwapSpace
 from cupaged.errors import OutOfMemoryError, QueueFullError
 from cupaged.memory.arena import KVArena, KVLayout
@@ -38,40 +38,6 @@ from cupaged.memory.budget import (
 )
 from cupaged.outputs import CompletionOutput, Logprob, RequestOutput
 from cupaged.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """The engine's state now, and its counts since it began. Blocks are KV cache blocks."""
-
-    num_running: int
-    num_waiting: int
-    max_blocks: int  # the cache's limit
-    num_blocks: int  # of which this many have memory
-    num_used_blocks: int
-    num_free_blocks: int  # have memory and are not used by any sequence
-    num_cached_blocks: int  # of the free ones: what they hold can still be found
-    peak_used_blocks: int
-    num_slabs: int
-    kv_cache_bytes: int  # of all slabs
-    num_unfilled_slots: int  # token slots in used blocks that hold no token: what paging wastes
-    mean_waste: float  # their share of the used blocks' slots, over all steps
-    num_blocks_saved: int  # how many more would be in use if none were shared
-    mean_sharing: float  # their share of what would be in use then, over all steps
-    num_steps: int
-    num_prompt_tokens: int
-    num_cached_tokens: int  # of the prompts' tokens: found in the prefix cache
-    num_output_tokens: int
-    num_copies: int  # blocks copied because one of several holders wrote into them
-    num_evictions: int  # blocks whose findable content had to go
-    num_preemptions: int
-    num_swaps: int  # of the preemptions: what the request had computed was swapped
-    num_tokens_lost: int  # by the other preemptions: computed tokens that have to be computed again
-    num_swapped_blocks: int  # in the swap space now
-    swap_space_bytes: int  # of its slabs
-    swapped_bytes: int  # copied into and out of the swap space
-    swap_seconds: float  # that this took
-    mean_queue_time: float  # seconds from a request's arrival to its first step; each one's is in its metrics
 
 
 class Engine:
@@ -127,12 +93,7 @@ class Engine:
         self._to_abort: list[tuple[str, int | None]] = []  # asked for within a step
         self._is_torn = False  # a change of the books was broken off
 
-        self._num_steps = self._num_prompt_tokens = self._num_cached_tokens = self._num_output_tokens = 0
-        self._used_slots = self._unfilled_slots = 0  # summed over steps
-        self._used_blocks = self._references = 0  # summed over steps
-        self._peak_used_blocks = 0
-        self._num_begun, self._queue_time = 0, 0.0
-        self._swapped_bytes, self._swap_seconds = 0, 0.0
+        self.counts = Counts()
         self._next_trim_time = 0.0
         if config.debug:
             self.pool.handed_out = []
@@ -328,40 +289,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         with self._lock:
-            return self._stats()
-
-    def _stats(self) -> EngineStats:
-        num_used = self.pool.num_blocks - self.pool.num_free_blocks
-        return EngineStats(
-            num_running=sum(len(request.unfinished) for request in self.scheduler.running),
-            num_waiting=sum(len(request.unfinished) for request in self.scheduler.waiting),
-            max_blocks=self.arena.max_blocks,
-            num_blocks=self.pool.num_blocks,
-            num_used_blocks=num_used,
-            num_free_blocks=self.pool.num_free_blocks,
-            num_cached_blocks=self.pool.num_cached_blocks,
-            peak_used_blocks=self._peak_used_blocks,
-            num_slabs=self.arena.num_slabs,
-            kv_cache_bytes=self.arena.num_bytes,
-            num_unfilled_slots=self._num_unfilled_slots(),
-            mean_waste=self._unfilled_slots / self._used_slots if self._used_slots else 0.0,
-            num_blocks_saved=self.pool.num_references - num_used,
-            mean_sharing=1 - self._used_blocks / self._references if self._references else 0.0,
-            num_steps=self._num_steps,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_cached_tokens=self._num_cached_tokens,
-            num_output_tokens=self._num_output_tokens,
-            num_copies=self.blocks.num_copies,
-            num_evictions=self.pool.num_evictions,
-            num_preemptions=self.scheduler.num_preemptions,
-            num_swaps=self.scheduler.num_swaps,
-            num_tokens_lost=self.scheduler.num_tokens_lost,
-            num_swapped_blocks=self.swap.pool.num_blocks - self.swap.pool.num_free_blocks if self.swap else 0,
-            swap_space_bytes=self.swap_arena.num_bytes if self.swap else 0,
-            swapped_bytes=self._swapped_bytes,
-            swap_seconds=self._swap_seconds,
-            mean_queue_time=self._queue_time / self._num_begun if self._num_begun else 0.0,
-        )
+            return stats(self)
 
     def close(self) -> None:
         """End all requests and give the memory back."""
@@ -433,16 +361,6 @@ class Engine:
                     arena.release(slab)
                     num_bytes += arena.layout.bytes_per_slab
         return num_bytes
-
-    def _num_unfilled_slots(self) -> int:
-        # Only at a sequence's end are slots unfilled, and those that share an end have filled it equally.
-        block_size = self.config.block_size
-        unfilled = {
-            seq.block_table[-1]: len(seq.block_table) * block_size - seq.num_cached_tokens
-            for request in self.scheduler.running
-            for seq in request.active
-        }
-        return sum(unfilled.values())
 
     def _max_len(self, token_ids: list[int], params: SamplingParams, name: str) -> int:
         """Where the sequences of such a request end, prompt and output together. name: of what says how many they are.
@@ -573,12 +491,13 @@ class Engine:
         now = time.monotonic()
         for seq in schedule.sequences:
             if seq.request.metrics.first_scheduled_time is None:
-                self._begin(seq.request, now)
+                seq.request.metrics.first_scheduled_time = now
+                self.counts.add_begun(seq.request)
 
         result = self.runner.run(schedule)
 
         self.scheduler.complete(schedule)
-        self._count_step()
+        self.counts.add_step(self.pool, self.scheduler.running, self.config.block_size)
         start, now = now, time.monotonic()
         if self.swap is not None and schedule.num_decodes < len(schedule.sequences):
             self.swap.prefill_rate.add(sum(schedule.num_tokens), now - start)
@@ -610,24 +529,8 @@ class Engine:
     def _swap(self, dst: KVArena, src: KVArena, pairs: list[tuple[int, int]]) -> None:
         seconds, num_bytes = self.runner.swap(dst, src, pairs), len(pairs) * src.layout.bytes_per_block
         self.swap.copy_rate.add(num_bytes, seconds)
-        self._swapped_bytes += num_bytes
-        self._swap_seconds += seconds
-
-    def _begin(self, request: Request, now: float) -> None:
-        request.metrics.first_scheduled_time = now
-        self._num_begun += 1
-        self._queue_time += request.metrics.queue_time
-        self._num_prompt_tokens += request.num_prompt_tokens
-        self._num_cached_tokens += request.num_cached_tokens
-
-    def _count_step(self) -> None:
-        num_used = self.pool.num_blocks - self.pool.num_free_blocks
-        self._num_steps += 1
-        self._used_blocks += num_used
-        self._references += self.pool.num_references
-        self._used_slots += num_used * self.config.block_size
-        self._unfilled_slots += self._num_unfilled_slots()
-        self._peak_used_blocks = max(self._peak_used_blocks, num_used)
+        self.counts.swapped_bytes += num_bytes
+        self.counts.swap_seconds += seconds
 
     def _add_token(self, seq: Sequence, token_id: int) -> None:
         """Append a drawn token and finish the sequence if it is the last."""
@@ -639,7 +542,7 @@ class Engine:
             return
         params = seq.request.params
         seq.token_ids.append(token_id)
-        self._num_output_tokens += 1
+        self.counts.num_output_tokens += 1
         if token_id in self.model.eos_token_ids and not params.ignore_eos:
             self._finish(seq, "stop", ends_with_stop_token=True)
         elif token_id in params.stop_token_ids:
@@ -721,7 +624,7 @@ class Engine:
             seq.follow(parent)
         for seq, candidate in placed:
             self._continue_beam(seq, candidate, token_ids, values)
-        self._num_output_tokens += len(survivors)
+        self.counts.num_output_tokens += len(survivors)
         return [search.settled] if search.settle(request.sequences) else []
 
     def _continue_beam(
