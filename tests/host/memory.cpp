@@ -15,6 +15,10 @@
 
 #include "state.h"
 
+// AddressSanitizer's, null unless its library is loaded into the process.
+extern "C" __attribute__((weak)) void __asan_poison_memory_region(void const volatile* begin, size_t size);
+extern "C" __attribute__((weak)) void __asan_unpoison_memory_region(void const volatile* begin, size_t size);
+
 namespace host {
 
 namespace {
@@ -196,6 +200,10 @@ void begin_launch() {
   shared[1].begin = launch->static_begin;
   shared[1].end = launch->static_end;
   for (SharedMemory& memory : shared) memory.cells.assign(memory.end - memory.begin, Cell{});
+  if (__asan_poison_memory_region) {  // it knows where heap arrays end; this array it doesn't
+    __asan_unpoison_memory_region(dynamic_memory, sizeof dynamic_memory);
+    __asan_poison_memory_region(shared[0].end, dynamic_memory + sizeof dynamic_memory - shared[0].end);
+  }
   block_epoch = 0;
   regions.assign(launch->regions, launch->regions + launch->num_regions);
   launch->image = add_constants(reinterpret_cast<const void*>(launch->call));

@@ -13,7 +13,7 @@ import pytest
 
 from cupaged.kernels.checks import BFLOAT16, C_TYPE, FLOAT16
 from cupaged.kernels.compile import NULL
-from host.build import HOST_DIR, HostKernelError, HostLoader, address_sanitizer_is_loaded, find_compiler, known_flags
+from host.build import HOST_DIR, HostKernelError, HostLoader, find_compiler, known_flags
 from kernel_tools import IMPOSSIBLE_BLOCK_ID, HostRunner, PagedCache, assert_close, is_poison, poisoned
 
 CASES = HOST_DIR / "cases.cu"
@@ -212,19 +212,13 @@ FAULTS = {
 }
 
 
-watched = pytest.mark.skipif(
-    address_sanitizer_is_loaded(),
-    reason="under libasan it watches the accesses, and ends the process when it finds one",
-)
-
-
 def run_faulty(load, fault):
     args = poisoned(64, np.float32), np.arange(64, dtype=np.float32), np.int32(64), np.uint64(1 << 16)
     load(f"faulty<Fault::{fault}>")((2,), (64,), args, shared_mem=256)
     return args[0]
 
 
-@watched
+@pytest.mark.watcher
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_found(load, fault):
     with pytest.raises(HostKernelError, match=FAULTS[fault]) as caught:
@@ -242,7 +236,7 @@ def test_every_fault_in_the_cases_is_expected_here():
     assert set(re.findall(r"\bk[A-Z]\w+(?=,)", names)) == {*FAULTS, "kNone"}
 
 
-@watched
+@pytest.mark.watcher
 @pytest.mark.parametrize(
     ("variant", "message"),
     [
@@ -259,7 +253,15 @@ def test_a_pipeline_with_a_wrong_wait_or_no_barrier_is_found(load, variant, mess
         load(f"pipeline<{variant}>")((1,), (32,), (out, x, np.int32(5), np.int32(x.size)))
 
 
-def test_under_libasan_it_is_libasan_that_finds_what_is_out_of_bounds(compiler):
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("kReadPastEnd", "heap-buffer-overflow"),
+        ("kWritePastEnd", "heap-buffer-overflow"),
+        ("kDynamicPastEnd", "use-after-poison"),
+    ],
+)
+def test_under_libasan_it_is_libasan_that_finds_what_is_out_of_bounds(compiler, fault, message):
     command = [compiler, "-print-file-name=libasan.so"]
     library = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     if not os.path.isabs(library) or "clang" in compiler:
@@ -270,15 +272,15 @@ sys.path.insert(0, {str(HOST_DIR.parent)!r})
 import numpy as np
 from host.build import HOST_DIR, HostLoader
 args = np.zeros(64, np.float32), np.zeros(64, np.float32), np.int32(64), np.uint64(0)
-for fault in ("kNone", "kReadPastEnd"):
+for fault in ("kNone", {fault!r}):
     print(fault, flush=True)
     HostLoader(HOST_DIR)("cases.cu", f"faulty<Fault::{{fault}}>")((1,), (64,), args, shared_mem=256)
 """
     environment = os.environ | {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert result.returncode != 0
-    assert result.stdout.split() == ["kNone", "kReadPastEnd"]
-    assert "AddressSanitizer: heap-buffer-overflow" in result.stderr
+    assert result.stdout.split() == ["kNone", fault]
+    assert f"AddressSanitizer: {message}" in result.stderr
 
 
 def test_what_nobody_wrote_is_visible(load):
