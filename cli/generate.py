@@ -16,7 +16,7 @@ from cupaged.cli.options import Size, model_options
 
 if TYPE_CHECKING:
     from cupaged.llm import LLM
-    from cupaged.outputs import CompletionOutput, RequestOutput
+    from cupaged.outputs import CompletionOutput, Logprob, RequestOutput
     from cupaged.sampling_params import BeamSearchParams, SamplingParams
 
 # llama.cpp's, for models whose generation_config.json says nothing about sampling.
@@ -43,6 +43,7 @@ HEADER_WIDTH = 60
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the output at TEXT; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-sequence token.")
 @click.option("--logprobs", type=int, metavar="K", help="With --json: log probabilities of the K likeliest tokens.")
+@click.option("--prompt-logprobs", type=int, metavar="K", help="The same for the prompt's tokens.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a prompt.")
 @click.option("--no-stream", is_flag=True, help="Print when finished, not as it generates.")
 @click.option("--stats", is_flag=True, help="Times, tokens a second and KV cache use, on stderr.")
@@ -79,7 +80,6 @@ def generate(
     prompts,
     chat,
     system,
-    logprobs,
     as_json,
     no_stream,
     stats,
@@ -101,11 +101,12 @@ def generate(
 ) -> None:
     """Continue each PROMPT; several run as one batch. Without any, the prompt is read from standard input."""
     texts = _gather_prompts(prompt, prompts)
-    if logprobs is not None and not as_json:
-        raise click.UsageError("--logprobs: needs --json, which has a place for them")
-    beam_params = _beam_search_params(sampling, logprobs)
+    for name in ("logprobs", "prompt_logprobs"):
+        if sampling[name] is not None and not as_json:
+            raise click.UsageError(f"--{name.replace('_', '-')}: needs --json, which has a place for them")
+    beam_params = _beam_search_params(sampling)
     if beam_params is None:
-        _check_sampling(sampling, logprobs)
+        _check_sampling(sampling)
 
     from cupaged.llm import LLM
     from cupaged.trace import Trace
@@ -137,7 +138,7 @@ def generate(
         on_step=on_step,
     ) as llm:
         click.echo(llm.device_note, err=True)
-        params = beam_params or _sampling_params(llm, sampling, logprobs)
+        params = beam_params or _sampling_params(llm, sampling)
         inputs: list[Any] = [_chat_ids(llm, text, system) if chat or system else text for text in texts]
         loaded = time.monotonic()
         streams = len(texts) == 1 and not (as_json or no_stream or view is not None)
@@ -191,7 +192,7 @@ def _read_jsonl(file) -> list[str]:
     return texts
 
 
-def _beam_search_params(sampling: dict[str, Any], logprobs: int | None) -> BeamSearchParams | None:
+def _beam_search_params(sampling: dict[str, Any]) -> BeamSearchParams | None:
     """What the options say of a beam search, which they then no longer hold; None if none is wanted."""
     from cupaged.sampling_params import BeamSearchParams
 
@@ -205,23 +206,23 @@ def _beam_search_params(sampling: dict[str, Any], logprobs: int | None) -> BeamS
     for name in given:
         if name not in names:
             raise click.UsageError(f"--{name.replace('_', '-')}: doesn't go with --beam-width, which draws nothing")
-    return BeamSearchParams(**{"max_tokens": None, **given, "logprobs": logprobs})
+    return BeamSearchParams(**{"max_tokens": None, **given})
 
 
-def _check_sampling(sampling: dict[str, Any], logprobs: int | None) -> None:
+def _check_sampling(sampling: dict[str, Any]) -> None:
     """Find nonsense before the model is loaded."""
     from cupaged.sampling_params import SamplingParams
 
-    SamplingParams(**{name: value for name, value in sampling.items() if value is not None}, logprobs=logprobs)
+    SamplingParams(**{name: value for name, value in sampling.items() if value is not None})
 
 
-def _sampling_params(llm: LLM, sampling: dict[str, Any], logprobs: int | None) -> SamplingParams:
+def _sampling_params(llm: LLM, sampling: dict[str, Any]) -> SamplingParams:
     """The options given, over the model's own defaults, over the terminal's."""
     own = llm.get_default_sampling_params()
     unset = type(own)()
     defaults = {k: v for k, v in TERMINAL_DEFAULTS.items() if getattr(own, k) == getattr(unset, k)}
     given = {name: value for name, value in sampling.items() if value is not None}
-    return replace(own, **{**defaults, **given, "max_tokens": given.get("max_tokens"), "logprobs": logprobs})
+    return replace(own, **{**defaults, **given, "max_tokens": given.get("max_tokens")})
 
 
 def _chat_ids(llm: LLM, text: str, system: str | None) -> list[int]:
@@ -251,7 +252,8 @@ def _as_json(index: int, prompt: str, result: RequestOutput) -> dict[str, Any]:
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
-        **({"logprobs": _logprobs_json(completion)} if completion.logprobs is not None else {}),
+        **_logprobs_json("logprobs", completion.token_ids, completion.logprobs),
+        **_logprobs_json("prompt_logprobs", result.prompt_token_ids, result.prompt_logprobs),
         **({"beams": [_beam_json(other) for other in result.outputs]} if len(result.outputs) > 1 else {}),
         "timings": _timings(result),
     }
@@ -262,21 +264,24 @@ def _beam_json(completion: CompletionOutput) -> dict[str, Any]:
     return {name: getattr(completion, name) for name in names}
 
 
-def _logprobs_json(completion: CompletionOutput) -> list[dict[str, Any]]:
-    """Per token: its own log probability, and the likeliest alternatives in order."""
-    entries = []
-    for token_id, alternatives in zip(completion.token_ids, completion.logprobs, strict=True):
-        ranked = sorted(alternatives.items(), key=lambda item: item[1].rank)
-        entries.append(
-            {
-                "token_id": token_id,
-                "token": alternatives[token_id].decoded_token,
-                "logprob": alternatives[token_id].logprob,
-                "rank": alternatives[token_id].rank,
-                "top": [{"token_id": i, "token": lp.decoded_token, "logprob": lp.logprob} for i, lp in ranked],
-            }
-        )
-    return entries
+def _logprobs_json(name: str, token_ids: list[int], logprobs: list[dict[int, Logprob] | None] | None) -> dict[str, Any]:
+    """Under `name`, per token: its own log probability, and the likeliest alternatives in order; null for a token that
+    has none. Nothing if none were asked for."""
+    if logprobs is None:
+        return {}
+    return {name: [None if e is None else _entry_json(i, e) for i, e in zip(token_ids, logprobs, strict=False)]}
+
+
+def _entry_json(token_id: int, alternatives: dict[int, Logprob]) -> dict[str, Any]:
+    own = alternatives[token_id]
+    ranked = sorted(alternatives.items(), key=lambda item: item[1].rank)
+    return {
+        "token_id": token_id,
+        "token": own.decoded_token,
+        "logprob": own.logprob,
+        "rank": own.rank,
+        "top": [{"token_id": i, "token": lp.decoded_token, "logprob": lp.logprob} for i, lp in ranked],
+    }
 
 
 def _timings(result: RequestOutput) -> dict[str, float | None]:

@@ -70,7 +70,8 @@ class RequestMetrics:
 class RequestOutput:
     """A request's state after a step (streaming) or at its end.
 
-    outputs are in the order of their index. With RequestOutputKind.DELTA only those are there that have news.
+    outputs are in the order of their index. With RequestOutputKind.DELTA only those are there that have news, and of
+    prompt_logprobs what is new; None when nothing is.
     """
 
     request_id: str
@@ -80,3 +81,6 @@ class RequestOutput:
     finished: bool = False
     metrics: RequestMetrics | None = None
     num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache; None before it is scheduled
+    # If asked for: None for the prompt's first token, then per token: id -> Logprob, the prompt's own id among them.
+    # Shorter than the prompt when the request ended before that was computed.
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None

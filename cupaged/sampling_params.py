@@ -51,6 +51,8 @@ class SamplingParams:
     allowed_token_ids: no other ids are drawn; None allows all.
     logprobs: for each generated token, the log probabilities of this many most likely tokens and of the
         sampled one (0: of the sampled one alone); None computes none. Biases and penalties don't show in them.
+    prompt_logprobs: the same for each token of the prompt but the first, which has none. A request that wants them
+        computes its prompt itself, whatever the prefix cache holds of it.
     skip_special_tokens: leave special tokens such as EOS out of the text.
     detokenize: turn the output into text; token ids come in any case.
     output_kind: what the outputs of the steps hold. LLM.generate always gives the final ones.
@@ -77,6 +79,7 @@ class SamplingParams:
     bad_words: Sequence[str] | None = None
     allowed_token_ids: Sequence[int] | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     detokenize: bool = True
@@ -116,10 +119,12 @@ class SamplingParams:
             self.seed is None or (is_int(self.seed) and 0 <= self.seed < 2**64),
             "seed", self.seed, "an integer in [0, 2**64), or None",
         )  # fmt: skip
-        require(
-            self.logprobs is None or (is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
-            "logprobs", self.logprobs, f"an integer in [0, {MAX_LOGPROBS}], or None",
-        )  # fmt: skip
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            require(
+                value is None or (is_int(value) and 0 <= value <= MAX_LOGPROBS),
+                name, value, f"an integer in [0, {MAX_LOGPROBS}], or None",
+            )  # fmt: skip
         require(
             all(isinstance(s, str) and s for s in stop), "stop", self.stop, "a non-empty string, or several of them"
         )

@@ -150,10 +150,15 @@ class FakeDecoder:
         ):
             arena.slabs[slab][0, :, index, 0, offset, 0] = token, position
 
-        logits = np.zeros((len(batch.logits_indices), VOCAB_SIZE), np.float32)
+        self._computed = batch, arena
+        return self.compute_logits(batch.logits_indices)
+
+    def compute_logits(self, indices):
+        batch, arena = self._computed
+        logits = np.zeros((len(indices), VOCAB_SIZE), np.float32)
         nothing = np.full(arena.layout.slab_shape, np.nan)
         memory = np.stack([nothing if slab is None else slab for slab in arena.slabs])
-        for row, last in zip(logits, batch.logits_indices, strict=True):
+        for row, last in zip(logits, indices, strict=True):
             i = int(np.searchsorted(batch.query_start_loc, last, side="right")) - 1
             end, block_size = batch.positions[last] + 1, arena.layout.block_size
             positions = np.arange(0 if self.window is None else max(0, end - self.window), end)
@@ -324,6 +329,21 @@ def expected_outputs(prompt, params):
         expected_output(prompt, params.max_tokens, seed=params.seed + i, ignore_eos=params.ignore_eos)
         for i in range(params.num_sequences)
     ]
+
+
+def assert_scored(prompt_logprobs, prompt, k, window=None):
+    """prompt_logprobs are those of a SpreadDecoder for all of `prompt`, with the k likeliest tokens."""
+    first, *entries = prompt_logprobs
+    assert first is None
+    assert len(entries) == len(prompt) - 1
+    for end, entry in enumerate(entries, 1):
+        logits = spread_logits(prompt[:end] if window is None else prompt[:end][-window:]).astype(np.float64)
+        expected = logits - np.log(np.exp(logits).sum())
+        order = np.argsort(-expected).tolist()
+        assert set(entry) == {prompt[end], *order[:k]}
+        for token_id, logprob in entry.items():
+            assert abs(logprob.logprob - expected[token_id]) <= 1e-5
+            assert logprob.rank == 1 + order.index(token_id)
 
 
 def tokens(output):

@@ -36,6 +36,8 @@ from cupaged.sampling_params import MAX_LOGPROBS, SamplingParams
         ("seed", 1.0),
         ("logprobs", -1),
         ("logprobs", MAX_LOGPROBS + 1),
+        ("prompt_logprobs", -1),
+        ("prompt_logprobs", MAX_LOGPROBS + 1),
         ("stop", ""),
         ("stop", ["a", ""]),
         ("stop", [1]),
@@ -74,7 +76,7 @@ def test_nonsense_is_named(name, value):
 def test_defaults_are_vllms():
     params = SamplingParams()
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (1.0, 1.0, 0, 0.0)
-    assert (params.max_tokens, params.seed, params.logprobs) == (16, None, None)
+    assert (params.max_tokens, params.seed, params.logprobs, params.prompt_logprobs) == (16, None, None, None)
     assert (params.stop, params.stop_token_ids) == ((), ())
     assert params.detokenize
     assert params.skip_special_tokens

@@ -37,14 +37,14 @@ class BlockManager:
 
     def find_prefix(self, seq: Sequence, num_tokens: int) -> list[Block]:
         """The cached blocks with which `seq`, which holds none, may begin when it is to compute its first
-        `num_tokens` tokens. The last of these is not covered, since its logits are wanted."""
+        `num_tokens` tokens. Those whose logits are wanted, the last one at least, are not covered."""
         blocks: list[Block] = []
         if self.hasher is None:
             return blocks
         request = seq.request
         self.hasher.extend(seq.prefix, seq.token_ids, request.prefix_key)
         link = request.prefix_key
-        for prefix in seq.prefix[: (num_tokens - 1) // self.block_size]:
+        for prefix in seq.prefix[: request.num_reusable_tokens(num_tokens) // self.block_size]:
             block = self.pool.find(prefix, link)
             if block is None:
                 break
@@ -55,7 +55,7 @@ class BlockManager:
     def is_being_computed(self, seq: Sequence, num_found: int, num_tokens: int) -> bool:
         """Whether the block that find_prefix lacked is filled by this very step, and will be there in the next."""
         return (
-            num_found < min(len(seq.prefix), (num_tokens - 1) // self.block_size)
+            num_found < min(len(seq.prefix), seq.request.num_reusable_tokens(num_tokens) // self.block_size)
             and seq.prefix[num_found].digest in self._computing
         )
 

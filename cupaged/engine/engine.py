@@ -45,8 +45,8 @@ class Engine:
 
     One thread may step while others add and abort requests: these wait for the end of the step.
 
-    decoder: has `forward(batch, arena)`, as models.decoder.Decoder. tokenizer: turns prompts and outputs from and
-    to text; without it both are token ids only.
+    decoder: has `forward(batch, arena)` and `compute_logits(indices)`, as models.decoder.Decoder. tokenizer: turns
+    prompts and outputs from and to text; without it both are token ids only.
     """
 
     def __init__(self, config: EngineConfig, model: ModelConfig, decoder, backend: Backend, tokenizer=None):
@@ -501,6 +501,8 @@ class Engine:
         start, now = now, time.monotonic()
         if self.swap is not None and schedule.num_decodes < len(schedule.sequences):
             self.swap.prefill_rate.add(sum(schedule.num_tokens), now - start)
+        for request, logprobs in result.prompt_logprobs:
+            self._add_prompt_logprobs(request, logprobs)
         searches: dict[Request, list[int]] = {}  # the rows of their beams
         for row, (seq, token_id) in enumerate(zip(result.sequences, result.token_ids, strict=True)):
             if seq.request.metrics.first_token_time is None:
@@ -582,15 +584,21 @@ class Engine:
         token_ids, values = logprobs.token_ids[row, :end].tolist(), logprobs.logprobs[row, :end].tolist()
         seq.cumulative_logprob += values[0]
         if seq.logprobs is not None:
-            self._add_logprobs(seq, token_ids, values, [int(logprobs.ranks[row]), *range(1, end)])
+            seq.logprobs.append(self._entries(token_ids, values, [int(logprobs.ranks[row]), *range(1, end)]))
 
-    def _add_logprobs(self, seq: Sequence, token_ids: list[int], values: list[float], ranks: Iterable[int]) -> None:
+    def _add_prompt_logprobs(self, request: Request, logprobs: Logprobs) -> None:
+        end = 1 + request.params.prompt_logprobs
+        columns = logprobs.token_ids[:, :end].tolist(), logprobs.logprobs[:, :end].tolist(), logprobs.ranks.tolist()
+        for token_ids, values, rank in zip(*columns, strict=True):
+            request.prompt_logprobs.append(self._entries(token_ids, values, [rank, *range(1, end)]))
+
+    def _entries(self, token_ids: list[int], values: list[float], ranks: Iterable[int]) -> dict[int, Logprob]:
         entries: dict[int, Logprob] = {}
         for token_id, value, rank in zip(token_ids, values, ranks, strict=False):
-            if token_id not in entries:  # the drawn token is often among the most likely
+            if token_id not in entries:  # the first one is often among the most likely
                 text = self.tokenizer.decode([token_id], False) if self.tokenizer is not None else None
                 entries[token_id] = Logprob(value, rank, text)
-        seq.logprobs.append(entries)
+        return entries
 
     # -- beam search ---------------------------------------------------------------------------------------
 
@@ -637,9 +645,8 @@ class Engine:
         if seq.logprobs is not None:
             ids, values, column = token_ids[candidate.row], logprobs[candidate.row], candidate.column
             end = min(seq.request.params.logprobs, seq.request.num_logprobs)
-            self._add_logprobs(
-                seq, [ids[column], *ids[:end]], [values[column], *values[:end]], [column + 1, *range(1, end + 1)]
-            )
+            ranks = [column + 1, *range(1, end + 1)]
+            seq.logprobs.append(self._entries([ids[column], *ids[:end]], [values[column], *values[:end]], ranks))
 
     def _end_search(self, request: Request, reason: str | None = None) -> list[Sequence]:
         """Make what was kept the request's sequences, the best first, and return them. If it ends early, for
@@ -684,6 +691,10 @@ class Engine:
         if params.picks_best:
             for rank, completion in enumerate(completions):
                 completion.index = rank
+        prompt_logprobs = request.prompt_logprobs
+        if params.output_kind is RequestOutputKind.DELTA:
+            prompt_logprobs = (prompt_logprobs or [])[request.num_sent_prompt_logprobs :] or None
+            request.num_sent_prompt_logprobs = len(request.prompt_logprobs or [])
         return RequestOutput(
             request.request_id,
             request.prompt,
@@ -692,6 +703,7 @@ class Engine:
             finished,
             request.metrics,
             request.num_cached_tokens,
+            prompt_logprobs,
         )
 
     def _completion(self, seq: Sequence) -> CompletionOutput:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from cupaged.backends.base import Backend
 from cupaged.engine.batch import BatchBuilder
+from cupaged.engine.prompt_logprobs import PromptScorer
 from cupaged.engine.sampler import Logprobs, Sampler
 from cupaged.engine.scheduler import Schedule
-from cupaged.engine.sequence import Sequence
+from cupaged.engine.sequence import Request, Sequence
 from cupaged.memory.arena import KVArena
 
 MIN_PAIRS = 1024  # block copies that one launch can do; many more are rare, and take several
@@ -22,13 +23,14 @@ class StepResult:
     sequences: list[Sequence]  # those that a token was drawn for, in any order
     token_ids: list[int]  # theirs; -1 where no logit was finite
     logprobs: Logprobs | None = None  # when one of them asks for any
+    prompt_logprobs: list[tuple[Request, Logprobs]] = field(default_factory=list)  # PromptScorer.score's
 
 
 class Runner:
-    """decoder: models.decoder.Decoder, or whatever has its `forward(batch, arena)`.
+    """decoder: models.decoder.Decoder, or whatever has its `forward(batch, arena)` and `compute_logits(indices)`.
 
-    vocab_size: ids from here on are never drawn. max_num_seqs: the most sequences a step may hold. window: the model's,
-    in tokens; None for none.
+    vocab_size: ids from here on are never drawn. max_num_seqs: the most sequences a step may hold, and rows of logits.
+    window: the model's, in tokens; None for none.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Runner:
         )
         self._pairs = backend.empty((max(max_num_seqs, MIN_PAIRS), 2), np.int32)
         self._sampler = Sampler(backend, vocab_size=vocab_size, max_num_seqs=max_num_seqs)
+        self._prompt_scorer = PromptScorer(backend, self._sampler, max_num_rows=max_num_seqs)
 
     def run(self, schedule: Schedule) -> StepResult:
         """Copy the blocks that are no longer shared, compute the scheduled tokens, and draw those that follow."""
@@ -62,9 +65,8 @@ class Runner:
         sequences = [seq for _, seq in sampled]
         batch = self.backend.upload_batch(self._batches.build(schedule, [i for i, _ in sampled]))
         logits = self.decoder.forward(batch, self.arena)
-        if not sequences:
-            return StepResult([], [])
-        return StepResult(sequences, *self._sampler.draw(logits, sequences))
+        token_ids, logprobs = self._sampler.draw(logits, sequences) if sequences else ([], None)
+        return StepResult(sequences, token_ids, logprobs, self._prompt_scorer.score(schedule, self.decoder))
 
     def swap(self, dst: KVArena, src: KVArena, pairs: list[tuple[int, int]]) -> float:
         """Copy blocks of `src` to `dst`, one of which lies in the host's memory; returns the seconds that it took."""

@@ -70,7 +70,7 @@ class Sampler:
             self._backend.sample(token_ids[begin:end], copies, rows[begin:end], self.vocab_size)
 
         asked = [k for seq in sequences if (k := seq.request.num_logprobs) is not None]
-        logprobs = self._logprobs(logits, token_ids, max(asked)) if asked else None
+        logprobs = self.logprobs(logits, token_ids, max(asked)) if asked else None
         return self._backend.to_host(token_ids).tolist(), logprobs
 
     @staticmethod
@@ -111,7 +111,8 @@ class Sampler:
         edits = self._edits_of_rows.join([seq.logit_edits.after(seq.token_ids) for seq in sequences])
         self._backend.edit_logits(logits, self._edits.of(edits))
 
-    def _logprobs(self, logits: Array, token_ids: Array, k: int) -> Logprobs:
+    def logprobs(self, logits: Array, token_ids: Array, k: int) -> Logprobs:
+        """Of token_ids [num_rows] int32, at most max_num_seqs, and of the k likeliest tokens in each row of logits."""
         num_rows, columns = len(token_ids), 1 + min(k, self.vocab_size)
         top_ids = self._top_ids[: num_rows * columns].reshape(num_rows, columns)
         top_logprobs = self._top_logprobs[: num_rows * columns].reshape(num_rows, columns)

@@ -65,6 +65,9 @@ class Request:
         self.tells_end_only = params.output_kind is RequestOutputKind.FINAL_ONLY or params.picks_best
         self.metrics = RequestMetrics(arrival_time)
         self.num_cached_tokens: int | None = None  # of the prompt, found in the cache; None before it is scheduled
+        # What RequestOutput.prompt_logprobs is to be, as far as computed.
+        self.prompt_logprobs: list | None = [None] if params.prompt_logprobs is not None else None
+        self.num_sent_prompt_logprobs = 0  # what earlier outputs of kind DELTA told
         self.sequences = [Sequence(self, index) for index in range(params.num_sequences)]
 
         # The scheduler's:
@@ -87,6 +90,13 @@ class Request:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)
+
+    def num_reusable_tokens(self, num_tokens: int) -> int:
+        """Of its first `num_tokens` tokens, the prompt and perhaps more, those that may come from the cache, which has
+        no logits: those before the last one, and before the first whose logits prompt_logprobs still needs."""
+        if self.prompt_logprobs is None or len(self.prompt_logprobs) == self.num_prompt_tokens:
+            return num_tokens - 1
+        return len(self.prompt_logprobs) - 1
 
     @property
     def num_shared_tokens(self) -> int:

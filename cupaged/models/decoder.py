@@ -63,13 +63,12 @@ class Decoder:
         """Run `batch` (from Backend.upload_batch): its keys and values go into the arena.
 
         Returns the logits [num_logits, vocab_size] float32 of the tokens in batch.logits_indices, a view of a buffer
-        that the next call overwrites. Allocates nothing, waits for nothing and reads nothing back. Raises ValueError
-        for a batch that is larger than the buffers.
+        that the next call overwrites; compute_logits gives those of other tokens afterwards. Allocates nothing, waits
+        for nothing and reads nothing back. Raises ValueError for a batch that is larger than the buffers.
         """
         ops, eps, weights = self.backend, self.config.rms_norm_eps, self.weights
-        n, m = batch.num_tokens, batch.logits_indices.shape[0]
+        n = batch.num_tokens
         self._check_fits("tokens", n, "max_num_tokens", self._x)
-        self._check_fits("logits", m, "max_num_logits", self._logits)
         residual, delta, x = self._residual[:n], self._delta[:n], self._x[:n]
 
         ops.embedding(residual, weights.embed_tokens, batch.token_ids)
@@ -82,13 +81,19 @@ class Decoder:
             ops.add_rms_norm(x, residual, delta, layer.post_attention_norm, eps)
             self._mlp(delta, x, layer)
 
-        # Only the rows whose logits are wanted go on.
+        return self.compute_logits(batch.logits_indices)
+
+    def compute_logits(self, indices: Array) -> Array:
+        """The logits [len(indices), vocab_size] float32 of these tokens [int32] of the last batch, in the buffer that
+        forward's are in. Raises ValueError for more than max_num_logits."""
+        ops, m = self.backend, indices.shape[0]
+        self._check_fits("logits", m, "max_num_logits", self._logits)
         residual, delta, x = self._last_residual[:m], self._last_delta[:m], self._last_x[:m]
-        ops.embedding(residual, self._residual[:n], batch.logits_indices)
-        ops.embedding(delta, self._delta[:n], batch.logits_indices)
-        ops.add_rms_norm(x, residual, delta, weights.norm, eps)
+        ops.embedding(residual, self._residual, indices)
+        ops.embedding(delta, self._delta, indices)
+        ops.add_rms_norm(x, residual, delta, self.weights.norm, self.config.rms_norm_eps)
         logits = self._logits[:m]
-        ops.linear(logits, x, weights.lm_head)
+        ops.linear(logits, x, self.weights.lm_head)
         return logits
 
     def _attention(self, out: Array, x: Array, layer: LayerWeights, index: int, batch: Batch, arena: KVArena) -> None:

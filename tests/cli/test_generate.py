@@ -69,6 +69,21 @@ def test_logprobs(cupaged, tiny_model):
         assert math.isfinite(entry["logprob"])
 
 
+def test_prompt_logprobs(cupaged, tiny_model):
+    """What was generated, given as a prompt, has the log probabilities that it was generated with."""
+    (first,) = generate_json(cupaged, tiny_model, "Hello", "-n", 3, "--logprobs", 2, "--ignore-eos")
+    (second,) = generate_json(cupaged, tiny_model, "Hello" + first["text"], "-n", 1, "--prompt-logprobs", 2)
+    assert second["prompt_token_ids"] == first["prompt_token_ids"] + first["token_ids"]
+    assert "prompt_logprobs" not in first
+    assert "logprobs" not in second
+    nothing, *entries = second["prompt_logprobs"]
+    assert nothing is None
+    assert [entry["token_id"] for entry in entries] == second["prompt_token_ids"][1:]
+    for entry, expected in zip(entries[-3:], first["logprobs"], strict=True):
+        assert entry["logprob"] == pytest.approx(expected["logprob"], abs=1e-5)
+        assert (entry["rank"], entry["token"]) == (expected["rank"], expected["token"])
+
+
 def test_a_seed_repeats_and_another_differs(cupaged, tiny_model):
     def ids(seed):
         run = cupaged(
@@ -143,6 +158,9 @@ def test_stats(cupaged, tiny_model):
         (["x", "--length-penalty", "2"], 2, "--beam-width"),
         (["x", "--logprobs", "2"], 2, "--json"),
         (["x", "--json", "--logprobs", "99"], 2, "logprobs"),
+        (["x", "--prompt-logprobs", "2"], 2, "--json"),
+        (["x", "--json", "--prompt-logprobs", "-1"], 2, "prompt_logprobs"),
+        (["x", "--json", "--prompt-logprobs", "1", "--beam-width", "2"], 2, "--prompt-logprobs"),
         (["x", "--block-size", "12"], 2, "block_size"),
         (["x", "--kv-cache-memory", "lots"], 2, "size"),
         (["x", "--gpu-memory-utilization", "1.5"], 2, "gpu_memory_utilization"),

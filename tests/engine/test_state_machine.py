@@ -13,6 +13,7 @@ from fake_model import (
     EOS,
     VOCAB_SIZE,
     SpreadDecoder,
+    assert_scored,
     audit,
     expected_output,
     make_engine,
@@ -55,6 +56,7 @@ class EngineWalk(RuleBasedStateMachine):
         self.by_priority = config["scheduling_policy"] == "priority"
         self.asked = {}  # request id -> (prompt, params)
         self.received = {}  # request id -> tokens of each output
+        self.prompt_logprobs = {}  # request id -> what was received of them
         self.aborted = set()  # (request id, index)
         self.memory_was_short = False
         self.num_added = 0
@@ -70,8 +72,9 @@ class EngineWalk(RuleBasedStateMachine):
         ignore_eos=st.booleans(),
         priority=st.integers(0, 2),
         cache_salt=st.sampled_from([None, None, "a"]),
+        prompt_logprobs=st.sampled_from([None, None, 2]),
     )
-    def add(self, length, text, turn, n, max_tokens, seed, ignore_eos, priority, cache_salt):
+    def add(self, length, text, turn, n, max_tokens, seed, ignore_eos, priority, cache_salt, prompt_logprobs):
         prompt = (TEXTS[text][:turn] + TEXTS[(text + 1) % 3][turn:])[:length]
         params = SamplingParams(
             n=n,
@@ -79,6 +82,7 @@ class EngineWalk(RuleBasedStateMachine):
             seed=seed,
             max_tokens=max_tokens,
             ignore_eos=ignore_eos,
+            prompt_logprobs=prompt_logprobs,
             output_kind=RequestOutputKind.DELTA,
         )
         return self.add_request(prompt, params, n, priority=priority, cache_salt=cache_salt)
@@ -116,6 +120,7 @@ class EngineWalk(RuleBasedStateMachine):
         assert n <= self.engine.scheduler.max_num_seqs
         assert num_blocks <= self.engine.arena.max_blocks
         self.asked[request_id], self.received[request_id] = (prompt, params), [[] for _ in range(n)]
+        self.prompt_logprobs[request_id] = []
         return request_id
 
     @rule(count=st.integers(1, 12))
@@ -209,6 +214,7 @@ class EngineWalk(RuleBasedStateMachine):
             if isinstance(params, BeamSearchParams):
                 self.take_in_beams(output, prompt, params)
                 continue
+            self.prompt_logprobs[output.request_id] += output.prompt_logprobs or []
             for completion in output.outputs:
                 tokens = self.received[output.request_id][completion.index]
                 tokens += completion.token_ids
@@ -228,6 +234,9 @@ class EngineWalk(RuleBasedStateMachine):
                     assert (output.request_id, completion.index) in self.aborted
                 elif completion.finish_reason is not None:
                     assert tokens == expected
+            if params.prompt_logprobs is not None and any(completion.token_ids for completion in output.outputs):
+                prompt_logprobs, window = self.prompt_logprobs[output.request_id], self.engine.model.sliding_window
+                assert_scored(prompt_logprobs, prompt, params.prompt_logprobs, window)
             if output.finished:
                 del self.asked[output.request_id]
 

@@ -17,11 +17,17 @@ GOLDEN = Path(__file__).parent / "golden"
 BLOCK_SIZE = 8
 CHUNKS = [1, 3, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 256]
 LOGPROB_ERROR = 1e-5  # of 1 + |log probability|: float32 sums in another order
+GOLDEN_ERROR = 2e-4  # twice what the tiny models' logits may be off from those of transformers
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral"])  # mistral has a sliding window
-def model(request, backend):
-    checkpoint = Checkpoint(GOLDEN / request.param)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(name, backend):
+    checkpoint = Checkpoint(GOLDEN / name)
     return checkpoint.config, load_weights(checkpoint.tensors, checkpoint.config, backend)
 
 
@@ -46,6 +52,10 @@ def new_engine(model, backend):
 
 def drawn(n=1, seed=11, max_tokens=12):
     return SamplingParams(n=n, seed=seed, max_tokens=max_tokens, ignore_eos=True, logprobs=2)
+
+
+def scoring(n=1, max_tokens=4):
+    return SamplingParams(n=n, seed=11, max_tokens=max_tokens, ignore_eos=True, prompt_logprobs=2, logprobs=2)
 
 
 def prompt_of(length, salt=0):
@@ -134,3 +144,73 @@ def test_forced_preemption_every_few_steps(new_engine, every, caching, mode):
     for i, prompt in enumerate(prompts):
         for completion in outputs[str(i)].outputs:
             assert_same(completion, alone(new_engine, prompt, drawn(seed=11 + completion.index)))
+
+
+@pytest.fixture(scope="module")
+def golden_prompt(name):
+    """A prompt, and the log probabilities after each of its tokens, from transformers' logits."""
+    with np.load(GOLDEN / f"{name}.npz") as golden:
+        logits, length = golden["logits"].astype(np.float64), golden["lengths"][-1]
+        prompt = golden["prompts"][-length:].tolist()
+    assert logits.shape == (length, 300)
+    assert logits.std() > 2
+    logits -= logits.max(axis=1, keepdims=True)
+    return prompt, logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+def assert_golden(prompt_logprobs, golden_prompt):
+    prompt, expected = golden_prompt
+    assert prompt_logprobs[0] is None
+    assert len(prompt_logprobs) == len(prompt)
+    for token_id, entry, row in zip(prompt[1:], prompt_logprobs[1:], expected, strict=False):
+        assert set(entry) == {token_id, *np.argsort(-row)[:2].tolist()}
+        for i, logprob in entry.items():
+            assert abs(logprob.logprob - row[i]) <= GOLDEN_ERROR
+            assert logprob.rank == 1 + (row > row[i]).sum()
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("caching", [False, True])
+def test_class_26_prompt_logprobs_are_those_of_transformers(new_engine, golden_prompt, chunk, caching):
+    """Of requests with one output and with several, beside others; the prompt is in the cache the second time."""
+    prompt, _ = golden_prompt
+    engine = new_engine(max_num_batched_tokens=chunk, enable_prefix_caching=caching)
+    for _ in range(2):
+        engine.add_request("plain", prompt, drawn(max_tokens=2))
+        engine.add_request("one", prompt, scoring())
+        if chunk >= 3:
+            engine.add_request("three", prompt, scoring(n=3))
+        engine.add_request("other", prompt_of(20), scoring())
+        outputs = run(engine)
+        assert outputs["plain"].prompt_logprobs is None
+        assert len(outputs["other"].prompt_logprobs) == 20
+        for output in (outputs[name] for name in ("one", "three") if name in outputs):
+            assert_golden(output.prompt_logprobs, golden_prompt)
+            assert_same(output.outputs[0], outputs["one"].outputs[0])
+    assert (engine.stats().num_cached_tokens > 0) is caching
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_class_26_prompt_logprobs_of_preempted_prompts(new_engine, golden_prompt, every, mode):
+    engine = new_engine(max_num_batched_tokens=12, preemption_mode=mode, swap_space_bytes=1 << 20)
+    for name in "abc":
+        engine.add_request(name, golden_prompt[0], scoring(n=2))
+    outputs = run(engine, preempt_every=every)
+    assert engine.stats().num_preemptions > 0
+    for name in "abc":
+        assert_golden(outputs[name].prompt_logprobs, golden_prompt)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_class_26_generated_tokens_have_the_same_logprobs_as_a_prompt(new_engine, chunk):
+    prompt = prompt_of(19)
+    expected = alone(new_engine, prompt, drawn(max_tokens=30))
+    engine = new_engine(max_num_batched_tokens=chunk)
+    engine.add_request("x", prompt + expected.token_ids, scoring())
+    entries = run(engine)["x"].prompt_logprobs[len(prompt) :]
+    for entry, wanted in zip(entries, expected.logprobs, strict=True):
+        assert entry.keys() == wanted.keys()
+        for token_id, logprob in wanted.items():
+            assert entry[token_id].rank == logprob.rank
+            assert abs(entry[token_id].logprob - logprob.logprob) <= LOGPROB_ERROR * (1 + abs(logprob.logprob))
