@@ -48,6 +48,38 @@ __device__ __forceinline__ void store_vec(T* p, const Vec<T>& v) {  // p 16-byte
   *reinterpret_cast<Vec<T>*>(p) = v;
 }
 
+// 8 elements in float32: a vector of a 2-byte type, two vectors of float.
+struct Float8 {
+  float data[8];
+};
+
+template <typename scalar_t>
+__device__ __forceinline__ Float8 load_float8(const scalar_t* p) {  // p 16-byte aligned
+  const Vec<scalar_t> v = load_vec(p);
+  Float8 f;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) f.data[j] = to_float(v.data[j]);
+  return f;
+}
+
+__device__ __forceinline__ Float8 load_float8(const float* p) {
+  const Vec<float> low = load_vec(p), high = load_vec(p + 4);
+  return {{low.data[0], low.data[1], low.data[2], low.data[3], high.data[0], high.data[1], high.data[2], high.data[3]}};
+}
+
+template <typename scalar_t>
+__device__ __forceinline__ void store_float8(scalar_t* p, const Float8& f) {  // p 16-byte aligned
+  Vec<scalar_t> v;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) v.data[j] = from_float<scalar_t>(f.data[j]);
+  store_vec(p, v);
+}
+
+__device__ __forceinline__ void store_float8(float* p, const Float8& f) {
+  store_vec(p, Vec<float>{f.data[0], f.data[1], f.data[2], f.data[3]});
+  store_vec(p + 4, Vec<float>{f.data[4], f.data[5], f.data[6], f.data[7]});
+}
+
 // -- reductions ---------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float warp_sum(float x) {  // every lane gets the sum

@@ -1,23 +1,22 @@
-// embedding.cu: out[i] = weight[ids[i]]
+// embedding.cu: out[i] = weight[ids[i]] in float32
 //
-// Work:    one thread block a row, one 16-byte vector a thread and turn.
+// Work:    one thread block a row, 8 elements a thread and turn.
 // Bound:   bytes: each row of out is written once and its source read once. Not yet measured.
 // An id outside [0, num_rows) gives a row of zeros and reads nothing.
 #include "common.cuh"
 
-template <typename scalar_t,  // storage type; copied, never computed with
+template <typename scalar_t,  // storage type of weight
           int kNumThreads>    // threads per block
 __global__ void __launch_bounds__(kNumThreads)
-embedding(scalar_t* __restrict__ out,           // [gridDim.x, hidden_size]
+embedding(float* __restrict__ out,              // [gridDim.x, hidden_size]
           const scalar_t* __restrict__ weight,  // [num_rows, hidden_size]
           const int* __restrict__ ids,          // [gridDim.x]
           int num_rows,
-          int hidden_size) {  // a multiple of Vec::kSize
-  using V = Vec<scalar_t>;
+          int hidden_size) {  // a multiple of 8
   const int id = ids[blockIdx.x];
   const bool valid = id >= 0 && id < num_rows;
   const scalar_t* src = weight + (long long)(valid ? id : 0) * hidden_size;
-  scalar_t* dst = out + (long long)blockIdx.x * hidden_size;
-  for (int i = threadIdx.x * V::kSize; i < hidden_size; i += kNumThreads * V::kSize)
-    store_vec(dst + i, valid ? load_vec(src + i) : V{});
+  float* dst = out + (long long)blockIdx.x * hidden_size;
+  for (int i = threadIdx.x * 8; i < hidden_size; i += kNumThreads * 8)
+    store_float8(dst + i, valid ? load_float8(src + i) : Float8{});
 }

@@ -1,4 +1,4 @@
-// linear.cu: out[i, j] = sum_c x[i, c] * weight[j, c] + bias[j], on tensor cores, for any number of rows
+// linear.cu: out[i, j] = sum_c x[i, c] * weight[j, c] + bias[j], or out[i, j] += that, on tensor cores, for any m
 //
 // Tiling:   a thread block computes kTileM tokens x kTileN outputs, its warps a grid of kWarpsM x kWarpsN equal parts.
 //           k is walked in steps of 64 elements (128 bytes a row) through a ring of kStages stages in shared memory,
@@ -6,9 +6,9 @@
 //           registers. Tiles are numbered so that thread blocks that run together share rows of x and of weight in L2.
 // Layout:   a stage holds rows of 8 chunks of 16 bytes; chunk c of row r lies at c ^ (r % 8), which makes the copies
 //           and ldmatrix free of bank conflicts.
-// Numerics: every element is one chain of m16n8k16 products in float32, in the order of k, then the bias, then one
-//           rounding at the store. Its value depends on its row of x, its row of weight and its bias alone: not on m,
-//           n, the tile, or its place in it.
+// Numerics: every element is one chain of m16n8k16 products in float32, in the order of k, then the bias, then
+//           what is added to, then one rounding at the store. Its value depends on its row of x, its row of weight, its
+//           bias and what is added to alone: not on m, n, the tile, or its place in it.
 // Bound:    flops from some hundred rows on, at 2*m*n*k; bytes of weight below. Between the two a tile is bound by what
 //           it draws from L2, (kTileM + kTileN) * 2 bytes for kTileM * kTileN products, which is why large tiles win.
 //           Not yet measured.
@@ -77,7 +77,8 @@ linear(out_t* __restrict__ out,              // [m, n]
        const scalar_t* __restrict__ x,       // [m, k]
        const scalar_t* __restrict__ weight,  // [n, k]
        const scalar_t* __restrict__ bias,    // [n], or null
-       int m, int n, int k) {
+       int m, int n, int k,
+       int accumulate) {  // 1: out, which is float, is added to
   constexpr int kThreads = kWarpsM * kWarpsN * kWarpSize;
   constexpr int kWarpM = kTileM / kWarpsM;  // tokens of a warp
   constexpr int kWarpN = kTileN / kWarpsN;  // outputs of a warp
@@ -187,13 +188,22 @@ linear(out_t* __restrict__ out,              // [m, n]
     const int column = i % (kTileN / kVec) * kVec;
     const int count = first_token + row < m ? min(kVec, n - first_output - column) : 0;
     const float* sums = staged + row * kStagedRow<kTileN> + column;
-    Vec<out_t> result;
+    out_t* place = out + (long long)(first_token + row) * n + first_output + column;
+    Vec<out_t> result = {};  // first what is added to
+    if (accumulate && whole_vectors && count == kVec) {
+      result = load_vec(place);
+    } else if (accumulate) {
+#pragma unroll
+      for (int e = 0; e < kVec; ++e)
+        if (e < count) result.data[e] = place[e];
+    }
 #pragma unroll
     for (int e = 0; e < kVec; ++e) {
-      const bool biased = bias != nullptr && e < count;
-      result.data[e] = from_float<out_t>(sums[e] + (biased ? to_float(bias[first_output + column + e]) : 0.f));
+      float value = sums[e];
+      if (bias != nullptr && e < count) value += to_float(bias[first_output + column + e]);
+      if (accumulate) value += to_float(result.data[e]);
+      result.data[e] = from_float<out_t>(value);
     }
-    out_t* place = out + (long long)(first_token + row) * n + first_output + column;
     if (whole_vectors && count == kVec) {
       store_vec(place, result);
     } else {

@@ -1,4 +1,5 @@
-// linear_small.cu: out[i, j] = sum_c x[i, c] * weight[j, c] + bias[j] for m <= 16, where streaming weight is the work
+// linear_small.cu: out[i, j] = sum_c x[i, c] * weight[j, c] + bias[j], or out[i, j] += that, for m <= 16, where
+// streaming weight is the work
 //
 // Tiling:   weight is the wide operand of the tensor core: an mma takes 16 rows of weight by 8 tokens, so tokens are
 //           padded to 8 or 16 and no further. A thread block computes 16 * kRowTiles outputs for all tokens; its 8
@@ -9,8 +10,8 @@
 //           each 32 for every row, of x and of weight alike, and the mma is told that those are its columns 2t, 2t+1,
 //           2t+8, 2t+9, twice.
 // Numerics: products summed in float32 along each warp's chunks in the order of k, then the 8 sums in the order of the
-//           warps, then the bias; one rounding, at the store. An element's value depends on its row of x, its row of
-//           weight, its bias and on k alone: not on m, n, kRowTiles or kStages.
+//           warps, then the bias, then what is added to; one rounding, at the store. An element's value depends on its
+//           row of x, its row of weight, its bias, what is added to and on k alone: not on m, n, kRowTiles or kStages.
 // Bound:    n * k * 2 bytes of weight from DRAM. A thread block has 64 KB of them on their way (48 KB with two token
 //           tiles and one row tile). At 3.1 TB/s and some 0.7 us of latency about 2.2 MB must be on their way: 36
 //           thread blocks (n = 576) should do, so k is not split over thread blocks. x comes from L2 for each
@@ -35,7 +36,8 @@ linear_small(out_t* __restrict__ out,              // [m, n]
              const scalar_t* __restrict__ x,       // [m, k]
              const scalar_t* __restrict__ weight,  // [n, k]
              const scalar_t* __restrict__ bias,    // [n], or null
-             int m, int n, int k) {
+             int m, int n, int k,
+             int accumulate) {  // 1: out, which is float, is added to
   constexpr int kRows = 16 * kRowTiles;
   constexpr int kTokens = 8 * kTokenTiles;
   constexpr int kPieces = kChunk / kPiece;
@@ -134,6 +136,8 @@ linear_small(out_t* __restrict__ out,              // [m, n]
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total += block_sums[w * kWarpStride + out_token * kSumRow + i % kRows];
     if (bias != nullptr) total += to_float(bias[out_row]);
-    out[(long long)out_token * n + out_row] = from_float<out_t>(total);
+    out_t* place = out + (long long)out_token * n + out_row;
+    if (accumulate) total += to_float(*place);
+    *place = from_float<out_t>(total);
   }
 }

@@ -20,33 +20,6 @@ __host__ __device__ constexpr int lanes_per_head(int head_dim) {
   return lanes;
 }
 
-// 8 elements in float32.
-struct Float8 {
-  float data[8];
-};
-
-template <typename scalar_t>
-__device__ __forceinline__ Float8 load_float8(const scalar_t* p) {
-  const Vec<scalar_t> v = load_vec(p);
-  Float8 f;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) f.data[j] = to_float(v.data[j]);
-  return f;
-}
-
-__device__ __forceinline__ Float8 load_float8(const float* p) {
-  const Vec<float> low = load_vec(p), high = load_vec(p + 4);
-  return {{low.data[0], low.data[1], low.data[2], low.data[3], high.data[0], high.data[1], high.data[2], high.data[3]}};
-}
-
-template <typename scalar_t>
-__device__ __forceinline__ void store_float8(scalar_t* p, const Float8& f) {
-  Vec<scalar_t> v;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) v.data[j] = from_float<scalar_t>(f.data[j]);
-  store_vec(p, v);
-}
-
 template <typename scalar_t,  // storage type of qkv, the norms' weights and the cache, 2 bytes
           int kHeadDim,       // elements of a head, a multiple of 16
           int kBlockSize,     // tokens of a block of the cache

@@ -17,7 +17,8 @@ MODELS = ["llama", "llama_untied", "mistral", "qwen2", "qwen3"]  # those in GOLD
 
 
 class RoundingBackend(ReferenceBackend):
-    """The plain implementation in a 16-bit type: NumPy in float32, each operation's results rounded."""
+    """The plain implementation in a 16-bit type, transformers' among them: NumPy in float32, each result rounded, that
+    of a matrix product and, once more, its sum with the residual."""
 
     def __init__(self, dtype):
         super().__init__()
@@ -35,13 +36,11 @@ class RoundingBackend(ReferenceBackend):
         super().rms_norm(out, x, weight, eps)
         self._round(out)
 
-    def add_rms_norm(self, out, residual, x, weight, eps):
-        residual += x
-        self._round(residual)
-        self.rms_norm(out, residual, weight, eps)
-
-    def linear(self, out, x, weight, bias=None):
-        super().linear(out, x, weight, bias)
+    def linear(self, out, x, weight, bias=None, *, accumulate=False):
+        result = np.empty_like(out)
+        super().linear(result, x, weight, bias)
+        self._round(result)
+        out[...] = result if not accumulate else out + result
         self._round(out)
 
     def rope_and_store_kv(self, qkv, arena, layer, positions, slot_mapping, *args):

@@ -97,17 +97,20 @@ class Backend(Protocol):
     # -- the forward pass ----------------------------------------------------------------------------------
 
     def embedding(self, out: Array, weight: Array, ids: Array) -> None:
-        """out[i] = weight[ids[i]]: weight [rows, hidden] dtype, ids [n] int32, out [n, hidden]. Also gathers the
-        rows of the hidden states whose logits are wanted."""
+        """out[i] = weight[ids[i]]: weight [rows, hidden] dtype or float32, ids [n] int32, out [n, hidden] float32. Also
+        gathers the rows of the residual whose logits are wanted."""
 
     def rms_norm(self, out: Array, x: Array, weight: Array, eps: float) -> None:
-        """out[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight; x, out [n, hidden], weight [hidden]. Rounds once."""
+        """out[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight; x [n, hidden] float32, weight [hidden] and out [n, hidden]
+        dtype. Rounds once."""
 
-    def add_rms_norm(self, out: Array, residual: Array, x: Array, weight: Array, eps: float) -> None:
-        """residual += x, rounded to dtype; then out = rms_norm(residual). All [n, hidden]."""
+    def linear(
+        self, out: Array, x: Array, weight: Array, bias: Array | None = None, *, accumulate: bool = False
+    ) -> None:
+        """out = x @ weight^T + bias, or with accumulate out += x @ weight^T + bias. Rounds once.
 
-    def linear(self, out: Array, x: Array, weight: Array, bias: Array | None = None) -> None:
-        """out = x @ weight^T + bias; x [m, k] and weight [n, k] dtype, bias [n] dtype, out [m, n] dtype or float32."""
+        x [m, k], weight [n, k] and bias [n] dtype, out [m, n] dtype or float32, float32 to accumulate.
+        """
 
     def rope_and_store_kv(
         self,

@@ -29,7 +29,7 @@ from cupaged.kernels.logits import edit_logits, keep_allowed
 from cupaged.kernels.logprobs import logprobs
 from cupaged.kernels.paged_decode import decode_workspace_size, paged_decode
 from cupaged.kernels.paged_prefill import paged_prefill
-from cupaged.kernels.rms_norm import add_rms_norm, rms_norm
+from cupaged.kernels.rms_norm import rms_norm
 from cupaged.kernels.rope import rope_and_store_kv
 from cupaged.kernels.sampler import sample
 from cupaged.memory.arena import KVArena
@@ -39,6 +39,7 @@ STAGING_BYTES = 8 << 20  # of each pinned buffer: one fills while the other is c
 PART_ALIGNMENT = 16  # bytes; where the arrays of a batch begin in their common buffer, for vector loads
 
 BATCH_ARRAYS = [field.name for field in dataclasses.fields(Batch) if field.type == "Array"]
+BENCHMARK_KERNELS = ("partial_sums.cu",)  # no model asks for them
 CACHE_KERNELS = ("rope.cu", "paged_decode.cu", "paged_prefill.cu")  # head_dim is their second template argument
 
 
@@ -322,12 +323,13 @@ class CudaBackend:
 
     embedding = staticmethod(embedding)
     rms_norm = staticmethod(rms_norm)
-    add_rms_norm = staticmethod(add_rms_norm)
     rope_and_store_kv = staticmethod(rope_and_store_kv)
     silu_and_mul = staticmethod(silu_and_mul)
 
-    def linear(self, out: Array, x: Array, weight: Array, bias: Array | None = None) -> None:
-        (linear_small if x.shape[0] <= MAX_ROWS else linear)(out, x, weight, bias)
+    def linear(
+        self, out: Array, x: Array, weight: Array, bias: Array | None = None, *, accumulate: bool = False
+    ) -> None:
+        (linear_small if x.shape[0] <= MAX_ROWS else linear)(out, x, weight, bias, accumulate=accumulate)
 
     def paged_attention(
         self,
@@ -365,9 +367,9 @@ def _padded(num_bytes: int) -> int:
 
 def needed_kernels(dtype: np.dtype, head_dim: int) -> Iterator[tuple[str, str]]:
     """Of the instantiations that are shipped, those that a model with this dtype and head_dim may ask for."""
-    other_types = set(C_TYPE.values()) - {C_TYPE[dtype]}
+    other_types = {C_TYPE[other] for other in HALF_TYPES if other != dtype}
     for file, name in registry.instantiations():
         arguments = name[name.index("<") + 1 : -1].split(", ")
-        if arguments[0] in other_types or (file in CACHE_KERNELS and arguments[1] != str(head_dim)):
-            continue
-        yield file, name
+        other_cache = file in CACHE_KERNELS and arguments[1] != str(head_dim)
+        if file not in BENCHMARK_KERNELS and arguments[0] not in other_types and not other_cache:
+            yield file, name

@@ -105,17 +105,16 @@ class ReferenceBackend:
         np.multiply(x, _inverse_rms(out, eps), out=out)
         out *= weight
 
-    def add_rms_norm(self, out, residual, x, weight, eps: float) -> None:
-        residual += x
-        self.rms_norm(out, residual, weight, eps)
-
-    def linear(self, out, x, weight, bias=None) -> None:
+    def linear(self, out, x, weight, bias=None, *, accumulate: bool = False) -> None:
+        products = np.empty_like(out) if accumulate else out
         if x.shape[0] <= MAX_GEMV_ROWS:
-            np.matmul(x[:, None], weight.T, out=out[:, None])  # a stack of vector-matrix products
+            np.matmul(x[:, None], weight.T, out=products[:, None])  # a stack of vector-matrix products
         else:
-            np.matmul(x, weight.T, out=out)
+            np.matmul(x, weight.T, out=products)
         if bias is not None:
-            out += bias
+            products += bias
+        if accumulate:
+            out += products
 
     def rope_and_store_kv(
         self, qkv, arena: KVArena, layer: int, positions, slot_mapping, cos_sin, num_heads: int,

@@ -119,16 +119,18 @@ class KernelCases:
     # -- cases -------------------------------------------------------------------------------------------------
 
     def _linear(self, name: str, m: int, n: int, k: int) -> Case:
-        item = self.backend.dtype.itemsize
-        out_dtype = np.dtype(np.float32) if name == "lm_head" else self.backend.dtype
+        """As in the decoder: o and down add to the residual, which is float32, as the logits are."""
+        item, accumulate = self.backend.dtype.itemsize, name in ("o", "down")
+        out_dtype = np.dtype(np.float32) if accumulate or name == "lm_head" else self.backend.dtype
         weights = self._sets((n, k))
-        x, out = self._array((m, k)), self.backend.empty((m, n), out_dtype)
+        x, out = self._array((m, k)), random_array(self.backend, (m, n), out_dtype)
+        out_bytes = out_dtype.itemsize * m * n
         return Case(
             f"{name} {n}x{k}, {m} rows",
-            lambda i: self.backend.linear(out, x, weights[i % len(weights)]),
+            lambda i: self.backend.linear(out, x, weights[i % len(weights)], accumulate=accumulate),
             len(weights),
-            bytes_read=item * (n * k + m * k),
-            bytes_written=out_dtype.itemsize * m * n,
+            bytes_read=item * (n * k + m * k) + (out_bytes if accumulate else 0),
+            bytes_written=out_bytes,
             flops=2 * m * n * k,
         )
 
@@ -179,16 +181,14 @@ class KernelCases:
 
     def _rms_norm(self, m: int) -> Case:
         hidden, item = self.model.hidden_size, self.backend.dtype.itemsize
-        xs, residuals = self._sets((m, hidden)), self._sets((m, hidden))
+        xs = self._float32_sets((m, hidden))
         weight, out = self._array((hidden,)), self.backend.empty((m, hidden), self.backend.dtype)
         return Case(
-            f"residual added, {m} rows",
-            lambda i: self.backend.add_rms_norm(
-                out, residuals[i % len(xs)], xs[i % len(xs)], weight, self.model.rms_norm_eps
-            ),
+            f"{m} rows",
+            lambda i: self.backend.rms_norm(out, xs[i % len(xs)], weight, self.model.rms_norm_eps),
             len(xs),
-            bytes_read=item * (2 * m * hidden + hidden),
-            bytes_written=item * 2 * m * hidden,
+            bytes_read=4 * m * hidden + item * hidden,
+            bytes_written=item * m * hidden,
         )
 
     def _activation(self, m: int) -> Case:
@@ -208,13 +208,13 @@ class KernelCases:
         weight = self._array((self.model.vocab_size, hidden))
         num_sets = self._num_sets(item * m * hidden)
         ids = [self._on_device(self._rng.integers(0, weight.shape[0], m).astype(np.int32)) for _ in range(num_sets)]
-        out = self.backend.empty((m, hidden), self.backend.dtype)
+        out = self.backend.empty((m, hidden), np.float32)
         return Case(
             f"{m} rows",
             lambda i: self.backend.embedding(out, weight, ids[i % num_sets]),
             num_sets,
             bytes_read=item * m * hidden + 4 * m,
-            bytes_written=item * m * hidden,
+            bytes_written=4 * m * hidden,
         )
 
     def _sampler(self, name: str, m: int, temperature: float, top_k: int, top_p: float) -> Case:
@@ -299,9 +299,11 @@ class KernelCases:
     def _array(self, shape: tuple[int, ...]) -> Array:
         return random_array(self.backend, shape, self.backend.dtype)
 
+    def _float32_sets(self, shape: tuple[int, int]) -> list[Array]:
+        return [random_array(self.backend, shape, np.float32) for _ in range(self._num_sets(4 * shape[0] * shape[1]))]
+
     def _logits(self, m: int) -> list[Array]:
-        shape = (m, self.model.vocab_size)
-        return [random_array(self.backend, shape, np.float32) for _ in range(self._num_sets(4 * m * shape[1]))]
+        return self._float32_sets((m, self.model.vocab_size))
 
     def _on_device(self, values: np.ndarray) -> Array:
         array = self.backend.empty(values.shape, values.dtype)

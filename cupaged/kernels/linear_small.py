@@ -1,4 +1,4 @@
-"""out = x @ weight^T + bias for at most 16 rows, at the speed at which weight can be read."""
+"""out = x @ weight^T + bias, or out += that, for at most 16 rows, at the speed at which weight can be read."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ MAX_ROWS = 16  # of x; more are for `linear`
 NUM_THREADS = 256  # kWarps in linear_small.cu
 
 
-def linear_small(out, x, weight, bias=None, tile: LinearSmallTile | None = None) -> None:
-    """out = x @ weight^T + bias as in `linear`, for x of at most 16 rows.
+def linear_small(out, x, weight, bias=None, *, accumulate: bool = False, tile: LinearSmallTile | None = None) -> None:
+    """out = x @ weight^T + bias, or out += that, as in `linear`, for x of at most 16 rows.
 
     A row of out depends on its row of x alone, bit for bit, whatever m, n and the tile (by default the one that
     tuning.linear_small_tile chooses). `linear` sums in another order, so its rows are the same to rounding only.
     """
-    m, n, k = check_linear(out, x, weight, bias)
+    m, n, k = check_linear(out, x, weight, bias, accumulate)
     check_that(m <= MAX_ROWS, f"x: linear_small takes at most {MAX_ROWS} rows; got {m}, use linear")
     if m == 0 or n == 0:
         return
     tile = tile or linear_small_tile(m, n, device_info())
     check_that(m <= 8 * tile.token_tiles, f"tile: {8 * tile.token_tiles} tokens are too few for the {m} rows of x")
-    args = (out, x, weight, NULL if bias is None else bias, np.int32(m), np.int32(n), np.int32(k))
+    sizes = (np.int32(m), np.int32(n), np.int32(k))
+    args = (out, x, weight, NULL if bias is None else bias, *sizes, np.int32(accumulate))
     kernel = load_kernel("linear_small.cu", _name(x.dtype, out.dtype, tile))
     kernel((ceil_div(n, 16 * tile.row_tiles),), (NUM_THREADS,), args, tile.shared_bytes)
 

@@ -40,14 +40,15 @@ class Decoder:
         self.cos_sin = backend.empty(table.shape, np.float32)
         backend.copy_in(self.cos_sin, table)
 
-        def tokens_by(width: int) -> Array:
-            return backend.empty((max_num_tokens, width), backend.dtype)
+        def tokens_by(width: int, dtype=backend.dtype) -> Array:
+            return backend.empty((max_num_tokens, width), dtype)
 
-        def logit_rows_by(width: int, dtype=backend.dtype) -> Array:
+        def logit_rows_by(width: int, dtype=np.float32) -> Array:
             return backend.empty((max_num_logits, width), dtype)
 
-        self._residual = tokens_by(config.hidden_size)  # the sum of the embedding and of all deltas so far
-        self._delta = tokens_by(config.hidden_size)  # what attention or the MLP adds to it
+        # The embedding and all that attention and the MLPs have added to it so far. In float32: a 16-bit type would
+        # round the whole of it each time, and these roundings would be most of the logits' error.
+        self._residual = tokens_by(config.hidden_size, np.float32)
         self._x = tokens_by(config.hidden_size)  # its norm, which they read
         self._qkv = tokens_by(config.qkv_size)
         self._attended = tokens_by(config.num_heads * config.head_dim)
@@ -55,9 +56,8 @@ class Decoder:
         self._activated = tokens_by(config.intermediate_size)
 
         self._last_residual = logit_rows_by(config.hidden_size)
-        self._last_delta = logit_rows_by(config.hidden_size)
-        self._last_x = logit_rows_by(config.hidden_size)
-        self._logits = logit_rows_by(config.vocab_size, np.float32)
+        self._last_x = logit_rows_by(config.hidden_size, backend.dtype)
+        self._logits = logit_rows_by(config.vocab_size)
 
     def forward(self, batch: Batch, arena: KVArena) -> Array:
         """Run `batch` (from Backend.upload_batch): its keys and values go into the arena.
@@ -69,17 +69,14 @@ class Decoder:
         ops, eps, weights = self.backend, self.config.rms_norm_eps, self.weights
         n = batch.num_tokens
         self._check_fits("tokens", n, "max_num_tokens", self._x)
-        residual, delta, x = self._residual[:n], self._delta[:n], self._x[:n]
+        residual, x = self._residual[:n], self._x[:n]
 
         ops.embedding(residual, weights.embed_tokens, batch.token_ids)
         for index, layer in enumerate(weights.layers):
-            if index == 0:
-                ops.rms_norm(x, residual, layer.input_norm, eps)
-            else:
-                ops.add_rms_norm(x, residual, delta, layer.input_norm, eps)
-            self._attention(delta, x, layer, index, batch, arena)
-            ops.add_rms_norm(x, residual, delta, layer.post_attention_norm, eps)
-            self._mlp(delta, x, layer)
+            ops.rms_norm(x, residual, layer.input_norm, eps)
+            self._attention(residual, x, layer, index, batch, arena)
+            ops.rms_norm(x, residual, layer.post_attention_norm, eps)
+            self._mlp(residual, x, layer)
 
         return self.compute_logits(batch.logits_indices)
 
@@ -88,16 +85,16 @@ class Decoder:
         forward's are in. Raises ValueError for more than max_num_logits."""
         ops, m = self.backend, indices.shape[0]
         self._check_fits("logits", m, "max_num_logits", self._logits)
-        residual, delta, x = self._last_residual[:m], self._last_delta[:m], self._last_x[:m]
+        residual, x, logits = self._last_residual[:m], self._last_x[:m], self._logits[:m]
         ops.embedding(residual, self._residual, indices)
-        ops.embedding(delta, self._delta, indices)
-        ops.add_rms_norm(x, residual, delta, self.weights.norm, self.config.rms_norm_eps)
-        logits = self._logits[:m]
+        ops.rms_norm(x, residual, self.weights.norm, self.config.rms_norm_eps)
         ops.linear(logits, x, self.weights.lm_head)
         return logits
 
-    def _attention(self, out: Array, x: Array, layer: LayerWeights, index: int, batch: Batch, arena: KVArena) -> None:
-        """out = o_proj(attention(rope(q_proj(x)), rope(k_proj(x)), v_proj(x)))"""
+    def _attention(
+        self, residual: Array, x: Array, layer: LayerWeights, index: int, batch: Batch, arena: KVArena
+    ) -> None:
+        """residual += o_proj(attention(rope(q_proj(x)), rope(k_proj(x)), v_proj(x)))"""
         ops, config, n = self.backend, self.config, x.shape[0]
         qkv, attended = self._qkv[:n], self._attended[:n]
         ops.linear(qkv, x, layer.qkv, layer.qkv_bias)
@@ -108,15 +105,15 @@ class Decoder:
         ops.paged_attention(
             attended, qkv, arena, index, batch, config.num_heads, config.sm_scale, config.sliding_window or 0
         )
-        ops.linear(out, attended, layer.o)
+        ops.linear(residual, attended, layer.o, accumulate=True)
 
-    def _mlp(self, out: Array, x: Array, layer: LayerWeights) -> None:
-        """out = down_proj(silu(gate_proj(x)) * up_proj(x))"""
+    def _mlp(self, residual: Array, x: Array, layer: LayerWeights) -> None:
+        """residual += down_proj(silu(gate_proj(x)) * up_proj(x))"""
         ops, n = self.backend, x.shape[0]
         gate_up, activated = self._gate_up[:n], self._activated[:n]
         ops.linear(gate_up, x, layer.gate_up)
         ops.silu_and_mul(activated, gate_up)
-        ops.linear(out, activated, layer.down)
+        ops.linear(residual, activated, layer.down, accumulate=True)
 
     @staticmethod
     def _check_fits(what: str, count: int, limit: str, buffer: Array) -> None:

@@ -138,21 +138,24 @@ def test_ceilings(launches):
 
 
 def test_bytes_and_flops_are_those_of_the_shapes(launches):
-    """bfloat16 everywhere but for the logits, which are float32."""
+    """bfloat16 everywhere but for the residual and the logits, which are float32."""
     cases = by_shape(launches[0])
     qkv = cases["linear", "qkv 512x256, 5 rows"]
     assert (qkv.bytes_read, qkv.bytes_written) == (2 * (512 * 256 + 5 * 256), 2 * 5 * 512)
     assert qkv.flops == 2 * 5 * 512 * 256
     head = cases["linear", "lm_head 1000x256, 1 rows"]
     assert head.bytes_written == 4 * 1000
+    down = cases["linear", "down 256x384, 5 rows"]
+    assert down.bytes_read == 2 * (256 * 384 + 5 * 384) + 4 * 5 * 256  # the residual, too
+    assert down.bytes_written == 4 * 5 * 256
     decode = cases["paged_decode", "3 x 17"]
     assert decode.bytes_read == 2 * (3 * 17 * 2 * 2 * 64) + 2 * (3 * 4 * 64)
     assert decode.flops == 3 * 17 * 4 * 64 * 4
     prefill = cases["paged_prefill", "2 x 33"]
     assert prefill.flops == 2 * sum(range(1, 34)) * 4 * 64 * 4
     assert prefill.bytes_written == 2 * (2 * 33 * 4 * 64)
-    norm = cases["rms_norm", "residual added, 300 rows"]
-    assert (norm.bytes_read, norm.bytes_written) == (2 * (2 * 300 * 256 + 256), 2 * 2 * 300 * 256)
+    norm = cases["rms_norm", "300 rows"]
+    assert (norm.bytes_read, norm.bytes_written) == (4 * 300 * 256 + 2 * 256, 2 * 300 * 256)
     greedy = cases["sampler", "greedy, 5 rows"]
     assert greedy.bytes_read == 4 * 5 * 1000 + 5 * 32
     assert ("sampler", "greedy, 256 rows") in cases  # no step wants more logits

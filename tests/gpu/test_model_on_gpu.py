@@ -212,14 +212,15 @@ def test_float32_is_agreed_with_where_it_is_clear(errors, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
-def test_the_error_is_that_of_transformers_in_bfloat16(errors, dtype):
-    """To a tenth. The largest error of all positions is printed only: one position's luck decides it."""
+def test_the_error_is_below_that_of_transformers_in_bfloat16(errors, dtype):
+    """Whose residual is rounded 60 times. With this rounding left out NumPy finds 0.56 of its error, and 0.66 of its
+    largest. The largest error of all positions is printed only: one position's luck decides it."""
     if "transformers" not in errors:
         pytest.skip("needs torch, with CUDA, and transformers: pip install torch transformers")
     own, theirs = errors[str(dtype)], errors["transformers"]
     print(f"cupaged:      {own}\ntransformers: {theirs}")
-    assert own.rms <= 1.1 * theirs.rms
-    assert np.mean(own.largest) <= 1.1 * np.mean(theirs.largest)
+    assert own.rms <= 0.9 * theirs.rms
+    assert np.mean(own.largest) <= 0.9 * np.mean(theirs.largest)
 
 
 # -- the engine ------------------------------------------------------------------------------------------------

@@ -335,7 +335,7 @@ MUTATIONS = (
     ),
     # -- edges --------------------------------------------------------------------------------------------------
     Mutation(
-        EDGE, "rms_norm.cu", "one vector past the row is read",
+        EDGE, "rms_norm.cu", "8 elements past the row are read",
         "if (i >= hidden_size) break;\n    v[n]",
         "if (i > hidden_size) break;\n    v[n]",
         ("rms_norm",),
@@ -437,6 +437,12 @@ MUTATIONS = (
         ("linear",),
     ),
     Mutation(
+        EDGE, "linear.cu", "what is added to is read 16 bytes at a time from rows that don't start there",
+        "if (accumulate && whole_vectors && count == kVec) {",
+        "if (accumulate && count == kVec) {",
+        ("linear",),
+    ),
+    Mutation(
         EDGE, "sampler.cu", "the first digit's mask is shifted by all of its 32 bits",
         "shift == 24 ? 0 : ~0u << (shift + 8);",
         "~0u << (shift + 8);",
@@ -495,6 +501,18 @@ MUTATIONS = (
         STATE, "linear.cu", "sums start with what was in the registers",
         "float sum[kBlocksM][kBlocksN][4] = {};",
         "float sum[kBlocksM][kBlocksN][4];",
+        ("linear",),
+    ),
+    Mutation(
+        STATE, "linear.cu", "what out holds is not added",
+        "      if (accumulate) value += to_float(result.data[e]);\n",
+        "",
+        ("linear",),
+    ),
+    Mutation(
+        STATE, "linear_small.cu", "what out holds is added whether asked for or not",
+        "    if (accumulate) total +=",
+        "    total +=",
         ("linear",),
     ),
     # -- between thread blocks ----------------------------------------------------------------------------------

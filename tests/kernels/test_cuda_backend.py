@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from model.conftest import Driver
 from model_tools import GOLDEN, MODELS, RoundingBackend, golden, mixed_steps, new_driver, rms
 from sampling_tools import make_rows, random_logits
 
@@ -17,6 +18,7 @@ from cupaged.backends import cuda, sampling_reference
 from cupaged.backends.base import SAMPLING_ROW
 from cupaged.backends.cuda import CudaBackend, needed_kernels, open_cuda, probe
 from cupaged.backends.reference import ReferenceBackend
+from cupaged.config import ModelConfig
 from cupaged.engine import sampler as sampler_module
 from cupaged.engine.batch import Batch
 from cupaged.engine.logit_edits import LogitRules
@@ -29,6 +31,7 @@ from cupaged.kernels.device import DeviceInfo, set_device_info
 from cupaged.memory.arena import KVArena, KVLayout
 from cupaged.sampling_params import SamplingParams
 from cupaged.weights.checkpoint import Checkpoint
+from cupaged.weights.packing import load_weights, parameter_shapes
 
 H100 = DeviceInfo("sm_90a", num_sms=132, max_shared_bytes=232448)
 
@@ -182,6 +185,46 @@ def test_whole_models_err_no_more_than_a_plain_implementation(host_build, name, 
         "activation.cu", "embedding.cu", "linear.cu", "linear_small.cu", "paged_decode.cu", "paged_prefill.cu",
         "rms_norm.cu", "rope.cu",
     }  # fmt: skip
+
+
+def deep_tensors(config: ModelConfig, dtype) -> dict[str, np.ndarray]:
+    """Random weights, rounded to dtype, that keep the size of what they multiply."""
+    rng = np.random.default_rng(0)
+
+    def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        normal = rng.standard_normal(shape)
+        if name.endswith("norm.weight"):
+            return 1 + 0.2 * normal
+        return normal if "embed" in name else normal / np.sqrt(shape[-1])
+
+    shapes = parameter_shapes(config).items()
+    return {name: values(name, shape).astype(dtype).astype(FLOAT32) for name, shape in shapes}
+
+
+@pytest.mark.parametrize("host_build", [NumpyDevice], indirect=True)
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+def test_a_deep_model_errs_less_than_one_whose_residual_has_16_bits(host_build, dtype):
+    """Roundings of the whole residual, 16 here, add up; those of what is added to it are as many, but smaller, as the
+    residual has grown. Leaving out the former should leave some 1 / sqrt(2) of the error, or less."""
+    config = ModelConfig(
+        architecture="LlamaForCausalLM", vocab_size=256, hidden_size=64, intermediate_size=96, num_layers=8,
+        num_heads=1, num_kv_heads=1, head_dim=64, max_position_embeddings=512, tie_word_embeddings=True,
+    )  # fmt: skip
+    tensors = deep_tensors(config, dtype)
+    prompt = np.random.default_rng(1).integers(0, 256, 24).tolist()
+
+    def logits(backend) -> np.ndarray:
+        """Of a prompt (20 rows: linear) and of tokens after it (linear_small)."""
+        driver = Driver(config, load_weights(tensors, config, backend), backend, block_size=8)
+        seq = driver.new_sequence()
+        steps = (prompt[:20], prompt[20:23], prompt[23:])
+        return np.concatenate([driver.step((seq, tokens), all_logits=True)[0] for tokens in steps])
+
+    exact = logits(ReferenceBackend())
+    error, plain_error = logits(CudaBackend(host_build[0], dtype)) - exact, logits(RoundingBackend(dtype)) - exact
+    assert rms(error) <= 0.75 * rms(plain_error)
+    assert np.abs(error).max() <= 0.9 * np.abs(plain_error).max()
+    assert 10 * rms(plain_error) < rms(exact)
 
 
 def test_sampling_from_a_models_logits(host_build):

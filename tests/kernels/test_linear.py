@@ -7,7 +7,7 @@ import pytest
 
 from cupaged.kernels import linear as linear_module
 from cupaged.kernels import linear_small as linear_small_module
-from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32, ceil_div
+from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32, HALF_TYPES, ceil_div
 from cupaged.kernels.device import DeviceInfo
 from cupaged.kernels.linear import linear
 from cupaged.kernels.linear_small import MAX_ROWS, linear_small
@@ -46,18 +46,26 @@ def guarded(runner, values: np.ndarray):
     return buffer[GUARD : GUARD + len(values)], buffer
 
 
-def run(runner, operation, x, weight, bias, out_dtype, tile) -> np.ndarray:
-    """The operation's out, all NaN before. What lies around it must not be written."""
-    out, buffer = guarded(runner, poisoned((len(x), len(weight)), out_dtype))
+def run(runner, operation, x, weight, bias, out_dtype, tile, added_to: np.ndarray | None = None) -> np.ndarray:
+    """The operation's out, before it all NaN or what is added to. What lies around it must not be written."""
+    accumulate = added_to is not None
+    out, buffer = guarded(runner, added_to if accumulate else poisoned((len(x), len(weight)), out_dtype))
     bias = None if bias is None else guarded(runner, bias)[0]
-    operation(out, runner.array(x), runner.array(weight), bias, tile)
+    operation(out, runner.array(x), runner.array(weight), bias, accumulate=accumulate, tile=tile)
     buffer = runner.host(buffer)
     assert is_poison(buffer[:GUARD]).all()
     assert is_poison(buffer[GUARD + len(x) :]).all()
     return buffer[GUARD : GUARD + len(x)]
 
 
-def assert_matches_formula(out, x, weight, bias):
+def residual(rng, m: int, n: int) -> np.ndarray:
+    """What is added to. Larger than the products, with outliers in the first and the last place."""
+    values = 30 * rng.standard_normal((m, n), np.float32)
+    values[0, 0], values[-1, -1] = 3000, -5000
+    return values
+
+
+def assert_matches_formula(out, x, weight, bias, added_to=None):
     """Judge by the roundings: one for each product summed, in float32 (truncated, as tensor cores do: a unit of
     2^-23), each at most that part of the sum of magnitudes; then one to the nearest of out's type."""
     x, weight = x.astype(np.float64), weight.astype(np.float64)
@@ -66,7 +74,10 @@ def assert_matches_formula(out, x, weight, bias):
     if bias is not None:
         expected += bias.astype(np.float64)
         magnitude += np.abs(bias.astype(np.float64))
-    summing = (x.shape[1] + 1) * 2.0**-23 * magnitude
+    if added_to is not None:
+        expected += added_to.astype(np.float64)
+        magnitude += np.abs(added_to.astype(np.float64))
+    summing = (x.shape[1] + 2) * 2.0**-23 * magnitude
     tolerance = summing + UNIT_ROUNDOFF[out.dtype] * (np.abs(expected) + summing) + SMALLEST_SUBNORMAL[out.dtype]
     assert np.median(np.abs(expected)) > 20 * np.median(tolerance)  # or else anything would pass
     assert_close(out, expected, atol=tolerance)
@@ -127,6 +138,33 @@ def test_linear_small_matches_the_formula(runner, rng, m, n, k, dtype, out_dtype
     assert_matches_formula(run(runner, linear_small, x, weight, bias, out_dtype, tile), x, weight, bias)
 
 
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+@pytest.mark.parametrize(
+    ("operation", "m", "n", "k", "with_bias", "tile"),
+    [
+        pytest.param(operation, m, n, k, with_bias, tile, id=f"{operation.__name__}-{tile_id(tile)}-{m}x{n}x{k}")
+        for operation, tile, tile_m, tile_n in (
+            (linear, LINEAR_TILES[-1], 64, 32),
+            (linear_small, LINEAR_SMALL_TILES[0], 8, 16),
+        )
+        # The last one's rows don't start at multiples of 16 bytes.
+        for m, n, k, with_bias in (
+            (tile_m, tile_n, 64, False),
+            (tile_m - 3, 2 * tile_n + 4, 200, True),
+            (3, 7, 8, True),
+        )
+    ],
+)
+def test_products_are_added_to_what_out_holds(runner, rng, operation, m, n, k, dtype, with_bias, tile):
+    x, weight, bias = operands(rng, m, n, k, dtype, with_bias)
+    added_to = residual(rng, m, n)
+    out = run(runner, operation, x, weight, bias, FLOAT32, tile, added_to)
+    assert_matches_formula(out, x, weight, bias, added_to)
+    # To the bit it is the sum of the two, rounded once.
+    products = run(runner, operation, x, weight, bias, FLOAT32, tile)
+    assert np.array_equal(out, added_to + products)
+
+
 def test_linear_gives_the_same_bits_in_every_tile_and_batch(runner, rng):
     x, weight, bias = operands(rng, 66, 70, 200, BFLOAT16, True)
     tiles = [LINEAR_TILES[0], LINEAR_TILES[2], LINEAR_TILES[4]]  # the ones that are built for bfloat16 anyway
@@ -169,7 +207,7 @@ def test_what_lies_around_the_operands_has_no_influence(runner, rng, operation, 
     x, weight, bias = operands(rng, 7, 37, 72, BFLOAT16, True)
     around = [guarded(runner, values)[0] for values in (x, weight, bias)]
     out = runner.array(poisoned((7, 37), BFLOAT16))
-    operation(out, *around, tile)
+    operation(out, *around, tile=tile)
     assert np.array_equal(runner.host(out), run(runner, operation, x, weight, bias, BFLOAT16, tile))
 
 
@@ -219,6 +257,12 @@ def misaligned(shape) -> np.ndarray:
 def test_bad_operands_are_named(operation, changes, message):
     with pytest.raises(ValueError, match=message):
         operation(**{**good_operands(), **changes})
+
+
+@pytest.mark.parametrize("operation", [linear, linear_small])
+def test_sums_over_several_calls_want_float32(operation):
+    with pytest.raises(ValueError, match="out: dtype must be float32 to accumulate; got bfloat16"):
+        operation(**good_operands(), accumulate=True)
 
 
 def test_linear_small_refuses_more_rows_than_it_can_hold():

@@ -53,22 +53,17 @@ def test_rms_norm_of_zeros_and_of_tiny_values_is_held_by_eps(backend):
     assert np.allclose(out[1], 1e-3 / np.sqrt(2e-6), rtol=1e-6)
 
 
-def test_add_rms_norm(backend, rng):
-    residual, x, weight, out = normal(rng, 5, 96), normal(rng, 5, 96), normal(rng, 96), poisoned(5, 96)
-    total = residual + x
-    backend.add_rms_norm(out, residual, x, weight, 1e-5)
-    assert (residual == total).all()
-    assert np.allclose(out, rms_norm(total, weight, 1e-5), rtol=20 * EPSILON, atol=0)
-
-
 @pytest.mark.parametrize("m", [0, 1, 2, MAX_GEMV_ROWS, MAX_GEMV_ROWS + 1, 40])
 @pytest.mark.parametrize("biased", [False, True])
-def test_linear(backend, rng, m, biased):
-    x, weight, out = normal(rng, 41, 96)[:m], normal(rng, 130, 96), poisoned(m, 130)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_linear(backend, rng, m, biased, accumulate):
+    x, weight = normal(rng, 41, 96)[:m], normal(rng, 130, 96)
+    before = normal(rng, 41, 130)[:m] if accumulate else np.zeros((m, 130))
+    out = np.array(before, np.float32) if accumulate else poisoned(m, 130)
     bias = normal(rng, 130) if biased else None
-    backend.linear(out, x, weight, bias)
-    exact = np.float64(x) @ np.float64(weight).T + (np.float64(bias) if biased else 0)
-    bound = 96 * EPSILON * (np.abs(x) @ np.abs(weight).T + 30)
+    backend.linear(out, x, weight, bias, accumulate=accumulate)
+    exact = before + np.float64(x) @ np.float64(weight).T + (np.float64(bias) if biased else 0)
+    bound = 96 * EPSILON * (np.abs(x) @ np.abs(weight).T + np.abs(before) + 30)
     assert (np.abs(out - exact) <= bound).all()
 
 
