@@ -13,6 +13,7 @@ import click
 
 from cupaged import __version__
 from cupaged.cli.bench import bench
+from cupaged.cli.compile import compile_kernels
 from cupaged.cli.convert import convert
 from cupaged.cli.generate import generate
 from cupaged.cli.info import info
@@ -41,9 +42,9 @@ def cli(debug: bool) -> None:
     """Run large language models without PyTorch: paged attention in hand-written CUDA C, driven by CuPy."""
 
 
-for command in (generate, pull, convert, info, bench, plot_trace):
+for command in (generate, pull, convert, compile_kernels, info, bench, plot_trace):
     cli.add_command(command)
-for command in (generate, pull, convert, info, plot_trace, *bench.commands.values()):
+for command in (generate, pull, convert, compile_kernels, info, plot_trace, *bench.commands.values()):
     command.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help="Show tracebacks."))
 
 

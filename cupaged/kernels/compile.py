@@ -2,6 +2,8 @@
 
     cuda_src/x.cu, "x<__half, 4>"  --NVRTC-->  cubin on disk  --cupy.RawModule(path=...)-->  Kernel
 
+The cubin is one that was built ahead (prebuilt.py), one from an earlier process (kernel_cache.py), or made now.
+
 NVRTC is called directly because RawModule, given source, adds an -arch of its own (plain sm_90, which has no wgmma)
 and -ftz=true, and because CuPy's disk cache doesn't look into headers. Here an instantiation is compiled with exactly
 one -arch, and its cache key covers all that the result depends on. All GPUs that a process uses are taken to be of one
@@ -14,6 +16,7 @@ import functools
 import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,11 +25,13 @@ from typing import Protocol
 import numpy as np
 
 import cupaged.cuda_src
+from cupaged.arguments import require
 from cupaged.cache_dir import cache_dir
 from cupaged.errors import CupagedError, DeviceError
-from cupaged.kernels.device import device_info
-from cupaged.kernels.kernel_cache import KernelCache
+from cupaged.kernels.device import compiled_archs, device_info
+from cupaged.kernels.kernel_cache import KernelCache, KernelFolder
 from cupaged.kernels.nvrtc import load_nvrtc
+from cupaged.kernels.prebuilt import find_prebuilt
 
 SOURCE_DIR = Path(cupaged.cuda_src.__file__).resolve().parent
 
@@ -100,9 +105,14 @@ class RawKernelLauncher:
 
 
 def compile_kernel(file: str, name: str, arch: str) -> tuple[Path, str]:
-    """The path of the compiled instantiation and its symbol, from the cache or compiled into it."""
+    """The path of the compiled instantiation and its symbol: built ahead, from the cache, or compiled into it."""
+    if (entry := find_prebuilt(kernel_key(file, name, arch), arch)) is not None:
+        return entry
     cache = _kernel_cache()
-    key = cache_key(file, name, arch)
+    try:
+        key = cache_key(file, name, arch)
+    except DeviceError as error:
+        raise DeviceError(f"{file}: {name} was not built ahead for {arch}, and {error}") from None
     if (entry := cache.find(key)) is not None:
         return entry
     image, symbols = compile_program(file, (name,), arch)
@@ -110,12 +120,44 @@ def compile_kernel(file: str, name: str, arch: str) -> tuple[Path, str]:
 
 
 def compile_kernels(
-    kernels: Iterable[tuple[str, str]], arch: str, num_threads: int | None = None
+    kernels: Sequence[tuple[str, str]], arch: str, num_threads: int | None = None
 ) -> dict[tuple[str, str], tuple[Path, str]]:
     """compile_kernel for each (file, name), in parallel (by default one thread a processor)."""
     with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
-        futures = {pair: pool.submit(compile_kernel, *pair, arch) for pair in kernels}
-        return {pair: future.result() for pair, future in futures.items()}
+        return dict(zip(kernels, pool.map(lambda pair: compile_kernel(*pair, arch), kernels), strict=True))
+
+
+def prebuild_kernels(
+    kernels: Sequence[tuple[str, str]],
+    archs: Sequence[str],
+    folder: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Compile each (file, name) for each architecture into a folder for `prebuilt`, in parallel, without a GPU.
+
+    What is there already stays. progress: gets how many there are so far, and how many there will be. Raises ValueError
+    for an architecture that NVRTC doesn't know, CupagedError when the folder can't be written or a kernel doesn't
+    compile.
+    """
+    for arch in archs:
+        require(arch in compiled_archs(), "arch", arch, f"one of {', '.join(compiled_archs())}")
+    todo = [(KernelFolder(folder / arch), file, name, arch) for arch in archs for file, name in kernels]
+
+    def build(target: KernelFolder, file: str, name: str, arch: str) -> None:
+        key = kernel_key(file, name, arch)
+        if target.find(key) is None:
+            image, symbols = compile_program(file, (name,), arch)
+            target.store(key, image, symbols[name])
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # a folder that can't be written is found before minutes are spent
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for count, _ in enumerate(pool.map(lambda item: build(*item), todo), 1):
+                if progress is not None:
+                    progress(count, len(todo))
+    except OSError as error:
+        raise CupagedError(f"{folder}: can't be written: {error.strerror}") from None
 
 
 def compile_program(file: str, names: Sequence[str], arch: str) -> tuple[bytes, dict[str, str]]:
@@ -147,22 +189,31 @@ def _first_errors(log: str) -> str:
     return "; ".join([line for line in lines if re.search(r"\berror\b", line)][:3] or lines[:3])
 
 
+def kernel_key(file: str, name: str, arch: str) -> str:
+    """A digest of what is compiled: our source and headers, the options, architecture and name."""
+    digest = hashlib.sha256(repr((file, name, arch, FLAGS)).encode())
+    digest.update(source_digest(SOURCE_DIR / file, (SOURCE_DIR,)))
+    return digest.hexdigest()
+
+
 def cache_key(file: str, name: str, arch: str) -> str:
-    """A digest of all that the image depends on: source, headers, options, NVRTC's version and the name."""
-    digest = hashlib.sha256(repr((file, name, arch, FLAGS, load_nvrtc().getVersion())).encode())
+    """A digest of all that the image depends on: kernel_key, and with what it is compiled: NVRTC, CUDA's headers."""
+    digest = hashlib.sha256(repr((kernel_key(file, name, arch), load_nvrtc().getVersion())).encode())
     digest.update(source_digest(SOURCE_DIR / file, _include_dirs()))
     return digest.hexdigest()
 
 
-def source_digest(path: Path, include_dirs: Sequence[Path]) -> bytes:
-    """A digest of the file and of every file that it includes, ours and CUDA's, whatever #if is around the #include."""
+@functools.cache
+def source_digest(path: Path, include_dirs: tuple[Path, ...]) -> bytes:
+    """A digest of the file and of every file that it includes and that is found in the folders, whatever #if is around
+    the #include. Read once in a process: CUDA's headers take a while."""
     digests: dict[Path, bytes] = {}
     pending = [path]
     while pending:
         path = pending.pop()
         if path in digests:
             continue
-        digests[path], includes = _scan(path, path.stat().st_mtime_ns)
+        digests[path], includes = _scan(path)
         for included in includes:
             places = (folder / included for folder in (path.parent, *include_dirs))
             pending += [place for place in places if place.is_file()][:1]
@@ -170,8 +221,8 @@ def source_digest(path: Path, include_dirs: Sequence[Path]) -> bytes:
 
 
 @functools.cache
-def _scan(path: Path, mtime_ns: int) -> tuple[bytes, list[str]]:
-    """A file's digest and the names in its #include lines, read again when the file changes."""
+def _scan(path: Path) -> tuple[bytes, list[str]]:
+    """A file's digest and the names in its #include lines."""
     content = path.read_bytes()
     includes = re.findall(rb'^\s*#\s*include\s*["<]([^">]+)[">]', content, re.MULTILINE)
     return hashlib.sha256(content).digest(), [name.decode() for name in includes]

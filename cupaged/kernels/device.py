@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cupaged.errors import DeviceError
 from cupaged.kernels.nvrtc import load_nvrtc
+from cupaged.kernels.prebuilt import prebuilt_archs
 
 MIN_COMPUTE_CAPABILITY = 80
 
@@ -42,22 +43,53 @@ def _query_device() -> DeviceInfo:
     device = cupy.cuda.Device()
     attributes = device.attributes
     return DeviceInfo(
-        arch=choose_arch(int(device.compute_capability), load_nvrtc().getSupportedArchs()),
+        arch=find_arch(int(device.compute_capability)),
         num_sms=attributes["MultiProcessorCount"],
         max_shared_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
     )
 
 
-def choose_arch(compute_capability: int, supported: Collection[int]) -> str:
-    """NVRTC's -arch for a GPU of this compute capability (90 for 9.0), given the ones that this NVRTC knows.
-
-    sm_90 gets its "a" variant, which has wgmma. A GPU newer than NVRTC gets the nearest older cubin of its own
-    generation, else the newest PTX ("compute_.."), which the driver finishes. Raises DeviceError below 8.0.
+def find_arch(compute_capability: int) -> str:
+    """Whose kernels to take for a GPU of this compute capability (90 for 9.0): those that were built ahead, if they run
+    there, or else NVRTC's. A GPU of a generation that NVRTC doesn't know gets its newest PTX ("compute_.."), which the
+    driver finishes. Raises DeviceError when there are neither, and below 8.0.
     """
     if compute_capability < MIN_COMPUTE_CAPABILITY:
         major, minor = divmod(compute_capability, 10)
         raise DeviceError(f"the GPU's compute capability is {major}.{minor}; the kernels need 8.0 (Ampere) or newer")
-    nearest = max(cc for cc in supported if cc <= compute_capability)
-    if nearest // 10 != compute_capability // 10:
-        return f"compute_{nearest}"
-    return "sm_90a" if nearest == 90 else f"sm_{nearest}"
+    archs = prebuilt_archs()
+    if (arch := choose_arch(compute_capability, archs)) is not None:
+        return arch
+    try:
+        compiled = compiled_archs()
+    except DeviceError as error:
+        built = f"kernels were built ahead for {', '.join(archs)} only, and " if archs else ""
+        raise DeviceError(f"{built}{error}") from None
+    if (arch := choose_arch(compute_capability, compiled)) is not None:
+        return arch
+    return f"compute_{max(cc for cc in map(_capability, compiled) if cc < compute_capability)}"
+
+
+def compiled_archs() -> list[str]:
+    """NVRTC's -arch for each kind of GPU that it knows and the kernels run on, the oldest first. Raises DeviceError.
+
+    sm_90 is there as its "a" variant, which has wgmma.
+    """
+    capabilities = sorted(cc for cc in load_nvrtc().getSupportedArchs() if cc >= MIN_COMPUTE_CAPABILITY)
+    return ["sm_90a" if cc == 90 else f"sm_{cc}" for cc in capabilities]
+
+
+def choose_arch(compute_capability: int, archs: Collection[str]) -> str | None:
+    """The one whose cubins run best on a GPU of this compute capability: its own, or the nearest older one of its
+    generation ("a" variants run on their own kind only)."""
+    usable = [
+        arch
+        for arch in archs
+        if (cc := _capability(arch)) == compute_capability
+        or (cc < compute_capability and cc // 10 == compute_capability // 10 and not arch.endswith("a"))
+    ]
+    return max(usable, key=_capability, default=None)
+
+
+def _capability(arch: str) -> int:
+    return int(arch.removeprefix("sm_").removesuffix("a"))

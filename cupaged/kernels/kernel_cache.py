@@ -17,55 +17,61 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 
+class KernelFolder:
+    """key -> (path of the image, the kernel's symbol). Threads and processes may share one folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def find(self, key: str) -> tuple[Path, str] | None:
+        """The entry, if it is there and undamaged."""
+        try:
+            digest, symbol = (self.path / f"{key}.symbol").read_text().split()
+            image = (self.path / key).read_bytes()
+        except (OSError, ValueError):
+            return None
+        return (self.path / key, symbol) if hashlib.sha256(image).hexdigest() == digest else None
+
+    def store(self, key: str, image: bytes, symbol: str) -> tuple[Path, str]:
+        """Keep an entry; returns what find would. Raises OSError."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write_atomically(self.path / key, image)
+        _write_atomically(self.path / f"{key}.symbol", f"{hashlib.sha256(image).hexdigest()} {symbol}\n".encode())
+        return self.path / key, symbol
+
+
 class KernelCache:
-    """key -> (path of the image, the kernel's symbol). Threads and processes may share one folder.
+    """A KernelFolder; when it can't be written (a read-only home, a full disk), entries go to a temporary one that
+    lives as long as the cache object."""
 
-    When the folder can't be written (a read-only home, a full disk), entries go to a temporary folder that lives as
-    long as the cache object.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, path: Path):
+        self._folders = [KernelFolder(path)]
         self._temporary: tempfile.TemporaryDirectory | None = None
         self._lock = threading.Lock()
 
     def find(self, key: str) -> tuple[Path, str] | None:
         """The entry, if it is there and undamaged."""
-        for folder in [self.folder] + ([Path(self._temporary.name)] if self._temporary else []):
-            try:
-                digest, symbol = (folder / f"{key}.symbol").read_text().split()
-                image = (folder / key).read_bytes()
-            except (OSError, ValueError):
-                continue
-            if hashlib.sha256(image).hexdigest() == digest:
-                return folder / key, symbol
-        return None
+        return next(filter(None, (folder.find(key) for folder in self._folders)), None)
 
     def store(self, key: str, image: bytes, symbol: str) -> tuple[Path, str]:
         """Keep an entry; returns what find would."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            return _write_entry(self.folder, key, image, symbol)
+            return self._folders[0].store(key, image, symbol)
         except OSError as error:
-            return _write_entry(self._temporary_folder(error), key, image, symbol)
+            return self._temporary_folder(error).store(key, image, symbol)
 
-    def _temporary_folder(self, error: OSError) -> Path:
+    def _temporary_folder(self, error: OSError) -> KernelFolder:
         with self._lock:
             if self._temporary is None:
                 logger.warning(
                     "kernel cache: can't write to %s (%s); every process will compile its kernels again."
                     " Set CUPAGED_HOME to a folder that can be written.",
-                    self.folder,
+                    self._folders[0].path,
                     error.strerror,
                 )
                 self._temporary = tempfile.TemporaryDirectory(prefix="cupaged-kernels-")
-            return Path(self._temporary.name)
-
-
-def _write_entry(folder: Path, key: str, image: bytes, symbol: str) -> tuple[Path, str]:
-    _write_atomically(folder / key, image)
-    _write_atomically(folder / f"{key}.symbol", f"{hashlib.sha256(image).hexdigest()} {symbol}\n".encode())
-    return folder / key, symbol
+                self._folders.append(KernelFolder(Path(self._temporary.name)))
+            return self._folders[1]
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

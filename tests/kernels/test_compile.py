@@ -15,7 +15,8 @@ import pytest
 from cupaged.cache_dir import cache_dir
 from cupaged.errors import CupagedError, DeviceError
 from cupaged.kernels import compile as compiler
-from cupaged.kernels.device import DeviceInfo, choose_arch, device_info, set_device_info
+from cupaged.kernels import device, prebuilt
+from cupaged.kernels.device import DeviceInfo, device_info, find_arch, set_device_info
 from cupaged.kernels.kernel_cache import KernelCache
 from cupaged.kernels.registry import instantiations
 
@@ -27,6 +28,13 @@ KERNEL = """
 template <int kFactor>
 __global__ void scale(float* x) { x[threadIdx.x] *= kFactor * kOuter; }
 """
+
+
+@pytest.fixture(autouse=True)
+def nothing_prebuilt(tmp_path, monkeypatch):
+    """Neither the package nor the environment has kernels that were built ahead."""
+    monkeypatch.setattr(prebuilt, "PACKAGE_FOLDER", tmp_path / "cubins")
+    monkeypatch.delenv("CUPAGED_KERNELS", raising=False)
 
 
 @pytest.fixture
@@ -42,7 +50,29 @@ def sources(tmp_path, monkeypatch):
     monkeypatch.setattr(compiler, "_include_dirs", lambda: include_dirs)
     cache = KernelCache(tmp_path / "cache")
     monkeypatch.setattr(compiler, "_kernel_cache", lambda: cache)
-    return folder
+    forget_sources()
+    yield folder
+    forget_sources()
+
+
+def forget_sources():
+    """Read the sources anew, as a new process does."""
+    compiler.source_digest.cache_clear()
+    compiler._scan.cache_clear()
+
+
+@pytest.fixture
+def no_nvrtc(monkeypatch):
+    """Call it, and from then on there are neither NVRTC nor CUDA's headers."""
+
+    def missing():
+        raise DeviceError("NVRTC can't be loaded; pip install it")
+
+    def take_away():
+        for module, name in ((compiler, "load_nvrtc"), (compiler, "_include_dirs"), (device, "load_nvrtc")):
+            monkeypatch.setattr(module, name, missing)
+
+    return take_away
 
 
 # -- every shipped instantiation -----------------------------------------------------------------------------
@@ -169,12 +199,14 @@ def test_an_error_in_a_parallel_compile_is_raised(sources):
 def test_an_edit_anywhere_below_the_source_changes_the_key(sources, edited):
     before = compiler.cache_key("scale.cu", "scale<3>", "sm_80")
     (sources / edited).write_text((sources / edited).read_text() + "// edited\n")
+    forget_sources()
     assert compiler.cache_key("scale.cu", "scale<3>", "sm_80") != before
 
 
 def test_a_file_that_is_not_included_leaves_the_key(sources):
     before = compiler.cache_key("scale.cu", "scale<3>", "sm_80")
     (sources / "unrelated.cuh").write_text("int x;\n")
+    forget_sources()
     assert compiler.cache_key("scale.cu", "scale<3>", "sm_80") == before
 
 
@@ -198,6 +230,96 @@ def test_cuda_headers_options_compiler_name_and_architecture_are_in_the_key(sour
         patch.setattr(compiler, "_include_dirs", lambda: (sources, tmp_path))
         keys.add(compiler.cache_key("scale.cu", "scale<3>", "sm_80"))
     assert len(keys) == 6
+
+
+def test_headers_are_looked_for_once_a_source_file(sources):
+    for factor in range(3):
+        compiler.cache_key("scale.cu", f"scale<{factor}>", "sm_80")
+    assert compiler.source_digest.cache_info().misses == 2  # our headers; ours and CUDA's
+
+
+# -- kernels that were built ahead ---------------------------------------------------------------------------
+
+SCALES = [("scale.cu", f"scale<{factor}>") for factor in range(2)]
+
+
+def test_prebuilt_kernels_need_no_nvrtc_and_no_cache(sources, tmp_path, monkeypatch, no_nvrtc):
+    counts = []
+    compiler.prebuild_kernels(SCALES, ["sm_80", "sm_86"], tmp_path / "out", lambda *count: counts.append(count))
+    assert counts == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    before = sorted(tmp_path.rglob("*"))
+    no_nvrtc()
+    monkeypatch.setenv("CUPAGED_KERNELS", str(tmp_path / "out"))
+    for arch in ("sm_80", "sm_86"):
+        for file, name in SCALES:
+            path, symbol = compiler.compile_kernel(file, name, arch)
+            assert path.parent == tmp_path / "out" / arch
+            assert path.read_bytes().startswith(b"\x7fELF")
+            assert symbol.encode() in path.read_bytes()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_prebuilt_kernels_are_found_in_the_package(sources, no_nvrtc):
+    compiler.prebuild_kernels(SCALES, ["sm_80"], prebuilt.PACKAGE_FOLDER)
+    no_nvrtc()
+    assert compiler.compile_kernel(*SCALES[0], "sm_80")[0].parent == prebuilt.PACKAGE_FOLDER / "sm_80"
+
+
+def test_what_was_built_ahead_is_kept(sources, tmp_path, monkeypatch):
+    compiler.prebuild_kernels(SCALES[:1], ["sm_80"], tmp_path / "out")
+    compiled = []
+    compile_program = compiler.compile_program
+    monkeypatch.setattr(compiler, "compile_program", lambda *what: compiled.append(what) or compile_program(*what))
+    compiler.prebuild_kernels(SCALES, ["sm_80"], tmp_path / "out")
+    assert compiled == [("scale.cu", ("scale<1>",), "sm_80")]
+
+
+def test_kernels_built_ahead_from_other_sources_are_not_taken(sources, tmp_path, monkeypatch, no_nvrtc):
+    compiler.prebuild_kernels(SCALES, ["sm_80"], tmp_path / "out")
+    monkeypatch.setenv("CUPAGED_KERNELS", str(tmp_path / "out"))
+    (sources / "inner.cuh").write_text((sources / "inner.cuh").read_text() + "// edited\n")
+    forget_sources()
+    path, _ = compiler.compile_kernel(*SCALES[0], "sm_80")
+    assert path.parent == tmp_path / "cache"
+    no_nvrtc()
+    with pytest.raises(DeviceError, match=r"^scale.cu: scale<0> was not built ahead for sm_80, and NVRTC can't be"):
+        compiler.compile_kernel(*SCALES[0], "sm_80")
+
+
+def test_a_shipped_kernel_is_found_in_a_process_without_nvrtc(tmp_path):
+    kernel = next(pair for pair in instantiations() if pair[0] == "embedding.cu")
+    compiler.prebuild_kernels([kernel], ["sm_80"], tmp_path)
+    code = f"""
+import cuda.pathfinder
+def find_nothing(name):
+    raise cuda.pathfinder.DynamicLibNotFoundError(name)
+cuda.pathfinder.load_nvidia_dynamic_lib = find_nothing
+cuda.pathfinder.find_nvidia_header_directory = lambda name: None
+from cupaged.kernels.compile import compile_kernel
+from cupaged.kernels.device import find_arch
+print(compile_kernel(*{kernel}, find_arch(89))[0].parent)
+"""
+    environment = os.environ | {"CUPAGED_KERNELS": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert result.stdout == f"{tmp_path / 'sm_80'}\n"
+
+
+def test_an_unknown_architecture_is_refused_before_anything_is_written(sources, tmp_path):
+    with pytest.raises(ValueError, match=r"^arch must be one of sm_80, sm_86, .*sm_90a, .*; got 'sm_90'$"):
+        compiler.prebuild_kernels(SCALES, ["sm_80", "sm_90"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_for_prebuilt_kernels_that_cannot_be_written_is_named(sources, tmp_path):
+    (tmp_path / "occupied").write_text("a file where the folder should be")
+    with pytest.raises(CupagedError, match=r"^\S*occupied: can't be written: File exists$"):
+        compiler.prebuild_kernels(SCALES, ["sm_80"], tmp_path / "occupied")
+
+
+def test_a_variable_that_names_no_folder_is_reported(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUPAGED_KERNELS", str(tmp_path / "nothing"))
+    with pytest.raises(DeviceError, match=r"^CUPAGED_KERNELS: \S*nothing is no folder"):
+        find_arch(80)
 
 
 # -- the cache on disk ---------------------------------------------------------------------------------------
@@ -337,6 +459,15 @@ def test_the_shared_memory_limit_follows_the_launches_on_each_device():
 # -- the device ----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def nvrtc_knows(monkeypatch):
+    class Nvrtc:
+        def getSupportedArchs(self):
+            return 75, 80, 86, 89, 90, 100, 120
+
+    monkeypatch.setattr(device, "load_nvrtc", Nvrtc)
+
+
 @pytest.mark.parametrize(
     ("compute_capability", "arch"),
     [
@@ -345,17 +476,45 @@ def test_the_shared_memory_limit_follows_the_launches_on_each_device():
         (87, "sm_86"),  # unknown to this NVRTC: the nearest older one of the generation
         (90, "sm_90a"),
         (103, "sm_100"),
+        (110, "compute_100"),
         (120, "sm_120"),
         (130, "compute_120"),
     ],
 )
-def test_the_architecture_follows_the_device_and_nvrtc(compute_capability, arch):
-    assert choose_arch(compute_capability, (75, 80, 86, 89, 90, 100, 120)) == arch
+def test_the_architecture_follows_the_device_and_nvrtc(compute_capability, arch, nvrtc_knows):
+    assert find_arch(compute_capability) == arch
+
+
+@pytest.mark.parametrize(
+    ("compute_capability", "arch"),
+    [
+        (80, "sm_80"),
+        (89, "sm_86"),  # though NVRTC could compile for sm_89
+        (90, "sm_90a"),
+        (92, "compute_90"),  # sm_90a runs on 9.0 only
+        (100, "sm_100"),
+    ],
+)
+def test_the_architecture_is_one_that_kernels_were_built_for_ahead(compute_capability, arch, nvrtc_knows):
+    for built in ("sm_80", "sm_86", "sm_90a"):
+        (prebuilt.PACKAGE_FOLDER / built).mkdir(parents=True)
+    assert find_arch(compute_capability) == arch
+
+
+def test_without_nvrtc_there_must_be_kernels_for_the_device(no_nvrtc):
+    no_nvrtc()
+    with pytest.raises(DeviceError, match=r"^NVRTC can't be loaded"):
+        find_arch(80)
+    for built in ("sm_86", "sm_90a"):
+        (prebuilt.PACKAGE_FOLDER / built).mkdir(parents=True)
+    assert find_arch(89) == "sm_86"
+    with pytest.raises(DeviceError, match=r"^kernels were built ahead for sm_86, sm_90a only, and NVRTC can't"):
+        find_arch(80)
 
 
 def test_a_device_that_is_too_old_is_named():
     with pytest.raises(DeviceError, match=r"7\.5.*8\.0"):
-        choose_arch(75, (75, 80))
+        find_arch(75)
 
 
 def test_a_device_can_be_stood_in_for():
