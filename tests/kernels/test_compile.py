@@ -407,7 +407,7 @@ def test_set_loader_replaces_the_loader():
     compiler.set_loader(load)
     try:
         embedding = importlib.import_module("cupaged.kernels.embedding").embedding
-        embedding(np.empty((3, 8), np.float16), np.empty((5, 8), np.float16), np.zeros(3, np.int32))
+        embedding(np.empty((3, 8), np.float32), np.empty((5, 8), np.float16), np.zeros(3, np.int32))
     finally:
         compiler.set_loader(previous)
     assert loaded == [("embedding.cu", "embedding<__half, 128>")]
