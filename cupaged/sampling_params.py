@@ -4,9 +4,10 @@ has them."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
+from typing import Any
 
 from cupaged.arguments import is_finite_number, is_int, require
 
@@ -49,8 +50,13 @@ class SamplingParams:
     bad_words: texts that are not to be generated: the last token of one is forbidden when those before it have just
         been drawn, spelled with or without a space in front.
     allowed_token_ids: no other ids are drawn; None allows all.
+    logits_processors: functions f(output_token_ids, logits) -> logits, or f(prompt_token_ids, output_token_ids, logits)
+        -> logits, called one after another before each draw. logits [vocabulary] float32 is an array of the device
+        (cupy.ndarray, or numpy.ndarray on the CPU) with what the model gave, valid until f returns; f may change it,
+        and what it returns takes its place. All of the above but temperature, top_k, top_p and min_p comes after them.
+        If f raises or returns something else, the output ends with finish_reason "error".
     logprobs: for each generated token, the log probabilities of this many most likely tokens and of the
-        sampled one (0: of the sampled one alone); None computes none. Biases and penalties don't show in them.
+        sampled one (0: of the sampled one alone); None computes none. Nothing that changes logits shows in them.
     prompt_logprobs: the same for each token of the prompt but the first, which has none. A request that wants them
         computes its prompt itself, whatever the prefix cache holds of it.
     skip_special_tokens: leave special tokens such as EOS out of the text.
@@ -78,6 +84,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     bad_words: Sequence[str] | None = None
     allowed_token_ids: Sequence[int] | None = None
+    logits_processors: Sequence[Callable[..., Any]] | None = field(default=None, hash=False)
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
@@ -91,6 +98,8 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         bad_words = (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words or ())
         object.__setattr__(self, "bad_words", bad_words)
+        if isinstance(self.logits_processors, Sequence) or self.logits_processors is None:
+            object.__setattr__(self, "logits_processors", tuple(self.logits_processors or ()))
         if self.allowed_token_ids is not None:
             object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
 
@@ -158,6 +167,10 @@ class SamplingParams:
             self.allowed_token_ids is None
             or (len(self.allowed_token_ids) > 0 and all(is_int(t) and t >= 0 for t in self.allowed_token_ids)),
             "allowed_token_ids", self.allowed_token_ids, "token ids >= 0, at least one, or None for all",
+        )  # fmt: skip
+        require(
+            isinstance(self.logits_processors, tuple) and all(callable(f) for f in self.logits_processors),
+            "logits_processors", self.logits_processors, "a list of functions",
         )  # fmt: skip
         require(not (stop and not self.detokenize), "detokenize", self.detokenize, "True when stop strings are given")
 

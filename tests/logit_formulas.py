@@ -13,6 +13,8 @@ def expected_logits(
 ) -> list[float]:
     """bad_words: those of params as token sequences."""
     counts = Counter(output)
+    for processor in params.logits_processors:
+        logits = processor(output, logits)
     result = []
     for token, logit in enumerate(logits.tolist()):
         allowed = params.allowed_token_ids is None or token in params.allowed_token_ids

@@ -65,6 +65,8 @@ from cupaged.sampling_params import MAX_LOGPROBS, SamplingParams
         ("allowed_token_ids", []),
         ("allowed_token_ids", [-1]),
         ("allowed_token_ids", ["a"]),
+        ("logits_processors", [1]),
+        ("logits_processors", print),
     ],
 )
 def test_nonsense_is_named(name, value):
@@ -95,7 +97,9 @@ def test_edges_that_make_sense():
 
 
 def test_parameters_can_be_compared_and_hashed():
-    params = SamplingParams(logit_bias={3: 1.0}, stop=["a"], bad_words=["b"], allowed_token_ids=[1])
+    params = SamplingParams(
+        logit_bias={3: 1.0}, stop=["a"], bad_words=["b"], allowed_token_ids=[1], logits_processors=[print]
+    )
     assert replace(params) == params
     assert hash(replace(params)) == hash(params)
     assert replace(params, logit_bias={3: 2.0}) != params

@@ -158,9 +158,10 @@ class Backend(Protocol):
 
     # -- sampling ------------------------------------------------------------------------------------------
     #
-    # What a request asks of its logits is done in vLLM's order: keep_allowed for allowed_token_ids; then edit_logits,
-    # whose bias holds bad_words and min_tokens (-inf) and logit_bias, and whose penalties follow: repetition, then
-    # frequency and presence; then sample. Log probabilities are those of the raw logits.
+    # What a request asks of its logits is done in vLLM's order: its own logits_processors, which get the raw logits;
+    # keep_allowed for allowed_token_ids; then edit_logits, whose bias holds bad_words and min_tokens (-inf) and
+    # logit_bias, and whose penalties follow: repetition, then frequency and presence; then sample. Log probabilities
+    # are those of the raw logits.
 
     def keep_allowed(self, logits: Array, rows: Array, masks: Array, vocab_size: int) -> None:
         """logits[rows[i], id] = -inf for each id below vocab_size whose bit in masks[i] is 0.

@@ -510,7 +510,7 @@ class Engine:
             if seq.request.search is not None:
                 searches.setdefault(seq.request, []).append(row)
                 continue
-            if result.logprobs is not None and seq.request.num_logprobs is not None:
+            if token_id >= 0 and result.logprobs is not None and seq.request.num_logprobs is not None:
                 self._add_drawn_logprobs(seq, result.logprobs, row)
             self._add_token(seq, token_id)
         if not searches:
@@ -537,9 +537,13 @@ class Engine:
     def _add_token(self, seq: Sequence, token_id: int) -> None:
         """Append a drawn token and finish the sequence if it is the last."""
         if token_id < 0:
-            seq.error = f"the model gave no finite logit after {len(seq.token_ids)} tokens"
-            if seq.logit_edits is not None:
-                seq.error += ", or none to a token that logit_bias, min_tokens, bad_words and allowed_token_ids allow"
+            if seq.error is None:
+                seq.error = f"the model gave no finite logit after {len(seq.token_ids)} tokens"
+                if seq.logit_edits is not None:
+                    seq.error += (
+                        ", or none to a token that logits_processors, logit_bias, min_tokens, bad_words and "
+                        "allowed_token_ids allow"
+                    )
             self._finish(seq, "error")
             return
         params = seq.request.params

@@ -1,12 +1,15 @@
-"""What a request's sampling parameters do to its logits before a token is drawn, as Backend.edit_logits takes it."""
+"""What a request's sampling parameters do to its logits before a token is drawn: its own functions, then what
+Backend.keep_allowed and Backend.edit_logits take."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import numpy as np
 
-from cupaged.backends.base import LOGIT_EDIT
+from cupaged.backends.base import LOGIT_EDIT, Array
 from cupaged.sampling_params import SamplingParams
 
 WORDS_PER_EDIT = LOGIT_EDIT.itemsize // 4
@@ -38,6 +41,7 @@ class LogitRules:
         _check_token_ids("logit_bias", self.logit_bias, vocab_size)
         self.stop_token_ids = [i for i in {*eos_token_ids, *params.stop_token_ids} if i < vocab_size]
         self.bad_words = _token_sequences(params.bad_words, tokenizer)
+        self.processors = [_without_prompt(f, prompt_token_ids) for f in params.logits_processors]
         self.allowed_mask = None
         if params.allowed_token_ids is not None:
             _check_token_ids("allowed_token_ids", params.allowed_token_ids, vocab_size)
@@ -63,7 +67,23 @@ class LogitRules:
             or params.min_tokens
             or params.bad_words
             or params.allowed_token_ids is not None
+            or params.logits_processors
         )
+
+    def process(self, token_ids: list[int], logits: Array) -> Array:
+        """What params.logits_processors make of the logits [vocab_size] float32 after token_ids (the prompt and the
+        output); they may write into them. Raises ValueError that names the one that fails."""
+        result = logits
+        for i, processor in enumerate(self.processors):
+            try:
+                result = processor(token_ids[self.num_prompt_tokens :], result)
+            except Exception as error:
+                raise ValueError(f"logits_processors[{i}] raised {type(error).__name__}: {error}") from error
+            if not _is_like(result, logits):
+                raise ValueError(
+                    f"logits_processors[{i}] must return {_describe(logits)}, C-contiguous; got {_describe(result)}"
+                )
+        return result
 
     def forbidden(self, token_ids: Sequence[int]) -> set[int]:
         """The tokens that min_tokens and bad_words keep from following token_ids (the prompt and the output)."""
@@ -146,6 +166,29 @@ class EditsOfRows:
         edits = words.view(LOGIT_EDIT)
         edits["row"] = np.repeat(np.arange(len(parts), dtype=np.int32), num_edits)
         return edits
+
+
+def _without_prompt(processor: Callable[..., Array], prompt_token_ids: Sequence[int]) -> Callable[..., Array]:
+    """It, as a function of the output's tokens and the logits; one that takes three arguments gets the prompt first."""
+    try:
+        num_parameters = len(inspect.signature(processor).parameters)
+    except (TypeError, ValueError):  # some that are written in C don't tell
+        num_parameters = 2
+    return partial(processor, list(prompt_token_ids)) if num_parameters == 3 else processor
+
+
+def _is_like(array, logits: Array) -> bool:
+    return (
+        type(array) is type(logits)
+        and (array.shape, array.dtype) == (logits.shape, logits.dtype)
+        and array.flags.c_contiguous
+    )
+
+
+def _describe(value) -> str:
+    """Its type, and if it is an array its shape and dtype."""
+    name = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    return " ".join([name, *(str(getattr(value, field)) for field in ("shape", "dtype") if hasattr(value, field))])
 
 
 def _neutral_edits(token_ids: np.ndarray) -> np.ndarray:

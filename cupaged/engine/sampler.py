@@ -49,8 +49,9 @@ class Sampler:
         self._copies: Array | None = None
 
     def draw(self, logits: Array, sequences: list[Sequence]) -> tuple[list[int], Logprobs | None]:
-        """A token for each sequence from its row of logits, which change; -1 where none is finite. And log
-        probabilities, of the raw logits, when one of the sequences asks for any.
+        """A token for each sequence from its row of logits, which change; -1 where none is finite, or where one of its
+        logits_processors fails, which seq.error then tells. And log probabilities, of the raw logits, when one of the
+        sequences asks for any.
 
         The sequences must be in the order of `sort_key`.
         """
@@ -102,6 +103,9 @@ class Sampler:
         """Do to each sequence's row of logits what its request asks for. All of them have logit_edits."""
         if not sequences:
             return
+        for row, seq in enumerate(sequences):
+            if seq.logit_edits.rules.processors:
+                self._process(logits[row, : self.vocab_size], seq)
         masks = [seq.logit_edits.rules.allowed_mask for seq in sequences]
         masked = [row for row, mask in enumerate(masks) if mask is not None]
         if masked:
@@ -110,6 +114,17 @@ class Sampler:
             self._backend.keep_allowed(logits, device_rows, device_masks, self.vocab_size)
         edits = self._edits_of_rows.join([seq.logit_edits.after(seq.token_ids) for seq in sequences])
         self._backend.edit_logits(logits, self._edits.of(edits))
+
+    def _process(self, logits: Array, seq: Sequence) -> None:
+        """Let the request's logits_processors have its row of logits [vocab_size]."""
+        try:
+            processed = seq.logit_edits.rules.process(seq.token_ids, logits)
+        except ValueError as error:
+            seq.error = str(error)
+            self._backend.copy_in(logits, np.full(logits.shape, -np.inf, np.float32))  # nothing can be drawn
+            return
+        if processed is not logits:
+            self._backend.copy(logits, processed)
 
     def logprobs(self, logits: Array, token_ids: Array, k: int) -> Logprobs:
         """Of token_ids [num_rows] int32, at most max_num_seqs, and of the k likeliest tokens in each row of logits."""

@@ -3,6 +3,7 @@ formula's, applied to the model's logits token by token.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -65,6 +66,16 @@ def params_of(**fields) -> SamplingParams:
     return SamplingParams(**{"temperature": 0, "max_tokens": 25, "ignore_eos": True, **fields})
 
 
+def prefer_the_next(output, logits):
+    """In place: whatever comes after the last token by number gets likelier."""
+    logits[(output[-1] + 1) % VOCAB_SIZE if output else 5] += 2
+    return logits
+
+
+def no_multiples_of_three(output, logits):
+    return np.where(np.arange(VOCAB_SIZE) % 3 == 0, np.float32(-5), logits)
+
+
 PARAMS = [
     params_of(),
     params_of(repetition_penalty=1.7, logit_bias={3: 0.8, 7: 0.7}),
@@ -78,10 +89,16 @@ PARAMS = [
     params_of(bad_words=["ab"], logit_bias={7: 0.5, 8: 2, 9: 0.2}, frequency_penalty=0.1),
     params_of(temperature=1, seed=5, repetition_penalty=1.5, frequency_penalty=1.2),
     params_of(temperature=1, seed=6, logprobs=1),
-]
+    params_of(logits_processors=[prefer_the_next]),
+    params_of(logits_processors=[no_multiples_of_three, prefer_the_next], logprobs=2, frequency_penalty=1.2),
+    params_of(
+        temperature=1, seed=8, logits_processors=[prefer_the_next, no_multiples_of_three], bad_words=["ab"],
+        logit_bias={6: 5.5, 7: 2}, min_tokens=3, logprobs=0,
+    ),
+]  # fmt: skip
 
 
-CONFIGS = [{}, {"max_num_batched_tokens": 7}, {"num_blocks": 20}, {"max_num_seqs": 3}]
+CONFIGS = [{"num_blocks": 128}, {"max_num_batched_tokens": 7}, {"num_blocks": 20}, {"max_num_seqs": 3}]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -105,6 +122,109 @@ def test_answers_are_those_of_the_formula(config, rows_per_copy, monkeypatch):
                 assert entries[token].logprob == pytest.approx(likely - LOG_SUM, abs=1e-6)
                 assert entries[token].rank == (1 if likely else 2)
     assert plain == 2  # the two requests that ask for nothing
+
+
+def test_processors_get_the_output_the_prompt_and_the_raw_logits():
+    calls = []
+
+    class WithPrompt:
+        def __call__(self, prompt_token_ids, output_token_ids, logits):
+            calls.append((prompt_token_ids, output_token_ids, logits.copy()))
+            assert (type(logits), logits.dtype, logits.shape) == (np.ndarray, np.float32, (VOCAB_SIZE,))
+            return logits
+
+    engine = make_engine(max_num_batched_tokens=2)
+    params = params_of(
+        n=2, temperature=1, seed=4, max_tokens=4, logits_processors=(WithPrompt(),), logit_bias={3: 100}, logprobs=0
+    )
+    engine.add_request("x", [1, 2, 3], params)
+    outputs = [completion.token_ids for completion in run_all(engine)["x"].outputs]
+    assert outputs[0] != outputs[1]
+    assert len(calls) == 8
+    for prompt, output, logits in calls:
+        assert prompt == [1, 2, 3]
+        assert output in [tokens[:i] for tokens in outputs for i in range(4)]
+        expected = np.zeros(VOCAB_SIZE)
+        expected[most_likely_token(prompt + output)] = 1
+        assert (logits == expected).all()
+
+
+def test_a_processor_that_is_called_once_a_token_though_preempted():
+    """What it keeps of the calls before is therefore right."""
+    num_calls = 0
+
+    def count(output, logits):
+        nonlocal num_calls
+        num_calls += 1
+        return logits
+
+    engine = make_engine(num_blocks=12)
+    for name in "ab":
+        engine.add_request(name, list(range(30)), params_of(max_tokens=30, logits_processors=[count]))
+    run_all(engine)
+    assert engine.stats().num_preemptions > 0
+    assert num_calls == 60
+
+
+def fail_later(output, logits):
+    if len(output) == 3:
+        raise KeyError("a bug")
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("processor", "num_tokens", "message"),
+    [
+        (fail_later, 3, "logits_processors[1] raised KeyError: 'a bug'"),
+        (lambda output, logits: None, 0, "logits_processors[1] must return numpy.ndarray (50,) float32, C-contiguous; "
+         "got NoneType"),
+        (lambda output, logits: logits[1:], 0, "logits_processors[1] must return numpy.ndarray (50,) float32, "
+         "C-contiguous; got numpy.ndarray (49,) float32"),
+        (lambda output, logits: logits * 1.0 if output else logits.astype(float), 0, "got numpy.ndarray (50,) float64"),
+        (lambda output, logits: np.stack([logits] * 2, 1)[:, 0], 0, "C-contiguous; got numpy.ndarray (50,) float32"),
+        (lambda logits: logits, 0, "logits_processors[1] raised TypeError"),
+        (lambda output, logits: logits - np.inf, 0, "no finite logit after 3 tokens, or none to a token that "
+         "logits_processors"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_a_failing_processor_ends_its_own_output_only(processor, num_tokens, message, logprobs):
+    engine = make_engine()
+    good = params_of(logits_processors=[prefer_the_next], logprobs=logprobs)
+    engine.add_request("good", [1, 2, 3], good)
+    engine.add_request("bad", [1, 2, 3], replace(good, logits_processors=[prefer_the_next, processor]))
+    engine.add_request("plain", [1, 2, 3], params_of())
+    outputs = run_all(engine)
+    failed = outputs["bad"].outputs[0]
+    assert failed.finish_reason == "error"
+    assert message in failed.error
+    assert "\n" not in failed.error
+    expected = formula_output([1, 2, 3], good)
+    assert failed.token_ids == expected[:num_tokens]
+    if logprobs is not None:
+        assert len(failed.logprobs) == num_tokens
+    assert outputs["good"].outputs[0].token_ids == expected
+    assert outputs["plain"].outputs[0].token_ids == expected_output([1, 2, 3], 25, ignore_eos=True)
+
+
+def test_a_processor_that_fails_for_one_of_several_outputs():
+    engine = make_engine()
+
+    def fail_after(output, logits):
+        if output[:1] == first:
+            raise RuntimeError("not this one")
+        return logits
+
+    params = params_of(n=3, temperature=1, seed=3, max_tokens=6)
+    engine.add_request("x", [1, 2, 3], params)
+    expected = [completion.token_ids for completion in run_all(engine)["x"].outputs]
+    first = expected[1][:1]
+    assert sum(output[:1] == first for output in expected) == 1
+    engine.add_request("x", [1, 2, 3], replace(params, logits_processors=[fail_after]))
+    outputs = run_all(engine)["x"].outputs
+    assert [output.finish_reason for output in outputs] == ["length", "error", "length"]
+    assert [output.token_ids for output in outputs] == [expected[0], first, expected[2]]
+    assert outputs[1].error == "logits_processors[0] raised RuntimeError: not this one"
 
 
 def test_requests_that_ask_for_nothing_cost_nothing(monkeypatch):

@@ -267,18 +267,31 @@ EDITED = [
 ]
 
 
+def swap_logits(backend):
+    """A logits processor that returns an array of its own. It computes nothing: CuPy itself can't without a GPU."""
+    others = backend.empty((1000,), np.float32)
+    backend.copy_in(others, random_logits(99, 1000))
+
+    def processor(output, logits):
+        assert type(logits) is type(others)
+        assert (logits.shape, logits.dtype, logits.flags.c_contiguous) == ((1000,), np.float32, True)
+        return others
+
+    return processor
+
+
 def draw_edited(backend) -> list:
     """Tokens and log probabilities of several steps, for requests that want their logits edited in all ways."""
     vocab_size = 1000
-    requests = []
-    for i, fields in enumerate(EDITED):
+    requests, edited = [], [*EDITED, *({**EDITED[i], "logits_processors": [swap_logits(backend)]} for i in (1, 2))]
+    for i, fields in enumerate(edited):
         params, prompt = SamplingParams(max_tokens=None, **fields), [i, 30, 31, 32]
         rules = LogitRules(params, prompt, vocab_size=vocab_size) if LogitRules.asked_by(params) else None
         requests.append(Request(str(i), None, prompt, params, seed=i, arrival_time=0.0, logit_rules=rules))
     sequences = sorted((request.sequences[0] for request in requests), key=Sampler.sort_key)
     for row, seq in enumerate(sequences):
         seq.row = row
-    sampler = Sampler(backend, vocab_size=vocab_size, max_num_seqs=8)
+    sampler = Sampler(backend, vocab_size=vocab_size, max_num_seqs=9)
     logits = backend.empty((len(sequences), vocab_size + 24), np.float32)
     drawn = []
     for step in range(4):

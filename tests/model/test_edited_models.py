@@ -68,10 +68,19 @@ def greedy(**fields) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=NUM_TOKENS, detokenize=False, **fields)
 
 
+def lift_the_median(output, logits):
+    logits[np.argsort(logits)[len(logits) // 2]] += 9
+    return logits
+
+
+def forbid_the_last(output, logits):
+    return np.where(np.isin(np.arange(len(logits)), output[-1:]), np.float32(-np.inf), logits)
+
+
 def test_answers_are_those_of_the_formulas(generate, prompts, tiny_model, new_driver):
     params = [
         greedy(repetition_penalty=1.3),
-        greedy(presence_penalty=1.9, frequency_penalty=0.7),
+        greedy(presence_penalty=1.9, frequency_penalty=0.7, logits_processors=[lift_the_median, forbid_the_last]),
         greedy(repetition_penalty=0.8, frequency_penalty=1.5, logit_bias={17: 3.0, 40: -2.0, EOS: 6}, min_tokens=12),
         greedy(allowed_token_ids=list(range(0, 300, 7)), presence_penalty=2, logprobs=3),
         greedy(repetition_penalty=1.1, bad_words=["100 200", "21"], logit_bias={200: 9, 100: 9, 21: 20}, logprobs=0),
