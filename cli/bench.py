@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cupaged.cli.options import add_options, model_options, shape_options
+from cupaged.cli.options import add_options, model_options, preemption_options, shape_options
 
 if TYPE_CHECKING:
     from cupaged.benchmark.workload import Workload
@@ -93,7 +93,7 @@ def _with(options: Sequence[Callable]) -> Callable[[Callable], Callable]:
 
 
 def _engine_options(command: Callable) -> Callable:
-    return add_options(model_options(command), [_LOAD_FORMAT, *_ENGINE_LIMITS])
+    return add_options(preemption_options(model_options(command)), [_LOAD_FORMAT, *_ENGINE_LIMITS])
 
 
 @click.group()
@@ -230,9 +230,7 @@ def startup(ctx, repeats, json_file, model, load_format, **options) -> None:
 
     path = resolve(model, offline=options["offline"], progress=_say).resolve()
     with _report(ctx, json_file) as report:
-        figures, last = measure(
-            {"model": str(path), "load_format": load_format, **_llm_options(options)}, repeats=repeats, say=_say
-        )
+        figures, last = measure({"model": str(path), "load_format": load_format, **options}, repeats=repeats, say=_say)
         report |= {"model": {"name": path.name, "load_format": load_format}, **last, "figures": figures}
         _show_head(report)
         _show_figures(
@@ -339,11 +337,6 @@ def _workload(requests, num_requests, prompt_len, output_len, seed) -> Workload:
     return workload if seed is None else replace(workload, seed=seed)
 
 
-def _llm_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The command line's options under LLM's names."""
-    return {"kv_cache_memory_bytes" if name == "kv_cache_memory" else name: value for name, value in options.items()}
-
-
 @contextmanager
 def _report(ctx: click.Context, json_file: Path | None) -> Iterator[dict[str, Any]]:
     """A report to fill in; it is written when all is well."""
@@ -365,7 +358,7 @@ def _load(report: dict[str, Any], model: str | None, load_format: str, options: 
     from cupaged.weights.packing import parameter_bytes
 
     path = resolve(model, offline=options["offline"], progress=_say)
-    with LLM(path, load_format=load_format, **_llm_options(options)) as llm:
+    with LLM(path, load_format=load_format, **options) as llm:
         engine = llm.engine
         report["model"] = {
             "name": path.name,

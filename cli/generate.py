@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cupaged.cli.live import LiveView, is_drawable
-from cupaged.cli.options import Size, model_options
+from cupaged.cli.options import model_options, preemption_options
 
 if TYPE_CHECKING:
     from cupaged.llm import LLM
@@ -30,6 +30,9 @@ HEADER_WIDTH = 60
 @click.option("--chat", is_flag=True, help="The prompt is a user's message: apply the model's chat template.")
 @click.option("--system", metavar="TEXT", help="System message; implies --chat.")
 @click.option("-n", "--max-tokens", "--max-new-tokens", type=int, help="[default: until EOS or the context's end]")
+@click.option(
+    "--n", type=int, metavar="N", help="Outputs of each prompt, drawn with one seed after another.  [default: 1]"
+)
 @click.option("--temperature", "--temp", type=float, help="0 is greedy.  [default: the model's, else 0.8]")
 @click.option("--top-p", type=float, help="[default: the model's, else 0.95]")
 @click.option("--top-k", type=int, help="0 keeps all.  [default: the model's, else 40]")
@@ -66,14 +69,7 @@ HEADER_WIDTH = 60
     show_default=True,
     help="Compute once what prompts begin with in common.",
 )
-@click.option(
-    "--preemption-mode",
-    type=click.Choice(["auto", "recompute", "swap"]),
-    default="auto",
-    show_default=True,
-    help="What becomes of a prompt's KV cache when others need its memory.",
-)
-@click.option("--swap-space", type=Size(), help="Most host memory that swapping may take.  [default: 4GiB on a GPU]")
+@preemption_options
 @model_options
 def generate(
     prompt,
@@ -90,13 +86,13 @@ def generate(
     dtype,
     max_model_len,
     block_size,
-    kv_cache_memory,
+    kv_cache_memory_bytes,
     gpu_memory_utilization,
     offline,
     max_num_seqs,
     enable_prefix_caching,
     preemption_mode,
-    swap_space,
+    swap_space_bytes,
     **sampling,
 ) -> None:
     """Continue each PROMPT; several run as one batch. Without any, the prompt is read from standard input."""
@@ -129,9 +125,9 @@ def generate(
         max_num_seqs=max_num_seqs,
         enable_prefix_caching=enable_prefix_caching,
         preemption_mode=preemption_mode,
-        swap_space_bytes=swap_space,
+        swap_space_bytes=swap_space_bytes,
         block_size=block_size,
-        kv_cache_memory_bytes=kv_cache_memory,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
         gpu_memory_utilization=gpu_memory_utilization,
         offline=offline,
         progress=lambda line: click.echo(line, err=True),
@@ -141,7 +137,8 @@ def generate(
         params = beam_params or _sampling_params(llm, sampling)
         inputs: list[Any] = [_chat_ids(llm, text, system) if chat or system else text for text in texts]
         loaded = time.monotonic()
-        streams = len(texts) == 1 and not (as_json or no_stream or view is not None)
+        num_shown = params.n if beam_params is None else 1  # of a search, the best
+        streams = len(texts) == num_shown == 1 and not (as_json or no_stream or view is not None)
         with ExitStack() as watching:
             if recorder is not None:
                 watching.callback(recorder.write, trace)
@@ -155,7 +152,7 @@ def generate(
                 else:
                     if len(texts) > 1:
                         click.echo(f"# [{index + 1}/{len(texts)}] {_header(text)}")
-                    click.echo(result.outputs[0].text)
+                    _show_outputs(result.outputs[:num_shown])
         if stats or stats_live:
             click.echo(_stats_text(llm, results, load_time=loaded - started), err=True)
 
@@ -242,26 +239,34 @@ def _stream(llm: LLM, prompt: str | list[int], params: SamplingParams | BeamSear
     return output
 
 
+def _show_outputs(outputs: list[CompletionOutput]) -> None:
+    for number, completion in enumerate(outputs, 1):
+        if len(outputs) > 1:
+            click.echo(f"## [{number}/{len(outputs)}]")
+        click.echo(completion.text)
+
+
 def _as_json(index: int, prompt: str, result: RequestOutput) -> dict[str, Any]:
-    completion = result.outputs[0]
+    """A prompt's first output, and all of them if there are several: samples, or what a beam search has found."""
+    outputs = [_completion_json(completion) for completion in result.outputs]
     return {
         "index": index,
         "prompt": prompt,
         "prompt_token_ids": result.prompt_token_ids,
-        "text": completion.text,
-        "token_ids": completion.token_ids,
-        "finish_reason": completion.finish_reason,
-        "stop_reason": completion.stop_reason,
-        **_logprobs_json("logprobs", completion.token_ids, completion.logprobs),
         **_logprobs_json("prompt_logprobs", result.prompt_token_ids, result.prompt_logprobs),
-        **({"beams": [_beam_json(other) for other in result.outputs]} if len(result.outputs) > 1 else {}),
+        **outputs[0],
+        **({"outputs": outputs} if len(outputs) > 1 else {}),
         "timings": _timings(result),
     }
 
 
-def _beam_json(completion: CompletionOutput) -> dict[str, Any]:
-    names = ("text", "token_ids", "cumulative_logprob", "finish_reason", "stop_reason")
-    return {name: getattr(completion, name) for name in names}
+def _completion_json(completion: CompletionOutput) -> dict[str, Any]:
+    names = ("text", "token_ids", "finish_reason", "stop_reason")
+    return {
+        **{name: getattr(completion, name) for name in names},
+        **({"cumulative_logprob": total} if (total := completion.cumulative_logprob) is not None else {}),
+        **_logprobs_json("logprobs", completion.token_ids, completion.logprobs),
+    }
 
 
 def _logprobs_json(name: str, token_ids: list[int], logprobs: list[dict[int, Logprob] | None] | None) -> dict[str, Any]:
@@ -284,20 +289,24 @@ def _entry_json(token_id: int, alternatives: dict[int, Logprob]) -> dict[str, An
     }
 
 
+def _num_output_tokens(result: RequestOutput) -> int:
+    return sum(len(completion.token_ids) for completion in result.outputs)
+
+
 def _timings(result: RequestOutput) -> dict[str, float | None]:
-    """Seconds, and tokens a second after the first one."""
-    metrics, count = result.metrics, len(result.outputs[0].token_ids)
+    """Seconds, and tokens a second after the first ones."""
+    metrics, count = result.metrics, _num_output_tokens(result) - len(result.outputs)
     decode = metrics.finished_time - metrics.first_token_time if metrics.first_token_time is not None else 0.0
     return {
         "ttft": metrics.time_to_first_token,
         "total": metrics.finished_time - metrics.arrival_time,
-        "tokens_per_second": (count - 1) / decode if count > 1 and decode > 0 else None,
+        "tokens_per_second": count / decode if count > 0 and decode > 0 else None,
     }
 
 
 def _stats_text(llm: LLM, results: list[RequestOutput], load_time: float) -> str:
     prompt_tokens = sum(len(r.prompt_token_ids) for r in results)
-    output_tokens = sum(len(r.outputs[0].token_ids) for r in results)
+    output_tokens = sum(_num_output_tokens(r) for r in results)
     start = min(r.metrics.arrival_time for r in results)
     wall = max(r.metrics.finished_time for r in results) - start
     ttfts = sorted(t for r in results if (t := r.metrics.time_to_first_token) is not None)

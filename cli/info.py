@@ -19,7 +19,9 @@ PACKAGES = ("cupy-cuda12x", "nvidia-cuda-nvrtc-cu12", "numpy", "tokenizers", "sa
 
 @click.command()
 @model_options
-def info(model, device, dtype, max_model_len, block_size, kv_cache_memory, gpu_memory_utilization, offline) -> None:
+def info(
+    model, device, dtype, max_model_len, block_size, kv_cache_memory_bytes, gpu_memory_utilization, offline
+) -> None:
     """Show versions, the device, and of a model: its shape, its bytes, and how many tokens of KV cache fit.
 
     Nothing is fetched, and no weights are loaded.
@@ -31,7 +33,7 @@ def info(model, device, dtype, max_model_len, block_size, kv_cache_memory, gpu_m
         dtype=dtype,
         max_model_len=max_model_len,
         block_size=block_size,
-        kv_cache_memory_bytes=kv_cache_memory,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
         gpu_memory_utilization=gpu_memory_utilization,
     )
     click.echo(f"cupaged:  {__version__} (Python {platform.python_version()}, {platform.system()})")

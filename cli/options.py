@@ -45,8 +45,11 @@ _MODEL_OPTIONS = {
     "block_size": click.option(
         "--block-size", type=int, default=16, show_default=True, help="Tokens a KV block: 8 to 64."
     ),
-    "kv_cache_memory": click.option(
-        "--kv-cache-memory", type=Size(), help="Most the KV cache may take, for example 2GiB."
+    "kv_cache_memory_bytes": click.option(
+        "--kv-cache-memory",
+        "kv_cache_memory_bytes",
+        type=Size(),
+        help="Most the KV cache may take, for example 2GiB.",
     ),
     "gpu_memory_utilization": click.option(
         "--gpu-memory-utilization",
@@ -57,6 +60,28 @@ _MODEL_OPTIONS = {
     ),
     "offline": click.option("--offline", is_flag=True, help="Never touch the network."),
 }
+
+
+# Under LLM's names, as all of the above.
+_PREEMPTION_OPTIONS = [
+    click.option(
+        "--preemption-mode",
+        type=click.Choice(["auto", "recompute", "swap"]),
+        default="auto",
+        show_default=True,
+        help="What becomes of a prompt's KV cache when others need its memory.",
+    ),
+    click.option(
+        "--swap-space",
+        "swap_space_bytes",
+        type=Size(),
+        help="Most host memory that swapping may take.  [default: 4GiB on a GPU]",
+    ),
+]
+
+
+def preemption_options(command: Callable) -> Callable:
+    return add_options(command, _PREEMPTION_OPTIONS)
 
 
 def model_options(command: Callable) -> Callable:

@@ -115,6 +115,17 @@ def test_throughput_of_several_outputs_a_prompt(bench):
     assert report["engine"]["mean_sharing"] > 0
 
 
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_throughput_in_a_cache_that_is_too_small(bench, mode):
+    sizes = ("--num-requests", 4, "--prompt-len", 20, "--output-len", 40, "--max-model-len", 100)
+    options = ("--kv-cache-memory", "160Ki", "--preemption-mode", mode, "--swap-space", "1M")
+    out, report = bench("throughput", *sizes, *options, "--repeats", 1, "--warmup", 0)
+    engine = report["engine"]
+    assert engine["num_preemptions"] > 0
+    assert engine["num_swaps"] == (engine["num_preemptions"] if mode == "swap" else 0)
+    assert ("by swapping" in out) is (mode == "swap")
+
+
 def test_serve(bench, request_file):
     out, report = bench("serve", "--requests", request_file, "--request-rate", 50)
     check_report(report, "serve")

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -124,10 +125,56 @@ def test_penalties_change_the_draws(cupaged, tiny_model):
     assert ids() != ids("--presence-penalty", 2)
 
 
+def test_several_outputs(cupaged, tiny_model):
+    args = ("-m", tiny_model, "--device", "cpu", "--temp", 2, "--ignore-eos", "-n", 12)
+    run = cupaged("generate", *args, "Hello", "--n", 3, "--seed", 5, "--json", "--logprobs", 0)
+    result = json.loads(run.out)
+    assert [output["token_ids"] for output in result["outputs"]] == [
+        json.loads(cupaged("generate", *args, "Hello", "--seed", seed, "--json").out)["token_ids"] for seed in (5, 6, 7)
+    ]
+    assert len({output["text"] for output in result["outputs"]}) == 3
+    for output in result["outputs"]:
+        total = sum(entry["logprob"] for entry in output["logprobs"])
+        assert output["cumulative_logprob"] == pytest.approx(total, abs=1e-4)
+    assert all(
+        result[name] == result["outputs"][0][name] for name in ("text", "token_ids", "finish_reason", "logprobs")
+    )
+
+    text = "".join(f"## [{i}/3]\n{output['text']}\n" for i, output in enumerate(result["outputs"], 1))
+    run = cupaged("generate", *args, "Hello", "--n", 3, "--seed", 5, "--stats")
+    assert run.out == text
+    assert "5 prompt, 36 generated" in run.err
+    assert cupaged("generate", *args, "Hello", "x", "--n", 3, "--seed", 5).out.startswith(
+        f"# [1/2] Hello\n{text}# [2/2]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--preemption-mode", "recompute"), r"preemptions: \d+, \d+ tokens to be computed again$"),
+        (("--preemption-mode", "swap"), r"preemptions: (\d+), \1 of them by swapping: .* copied in"),
+        (("--preemption-mode", "swap", "--swap-space", "64Ki"), r", \d+ tokens to be computed again, \d+ of them by"),
+        (("--swap-space", "1M"), r"preemptions: \d+, "),
+        (("--swap-space", "0"), r"preemptions: \d+, \d+ tokens to be computed again$"),
+    ],
+)  # fmt: skip
+def test_preemption_by_the_mode_that_was_asked_for(cupaged, tiny_model, args, says):
+    prompts = ["one", "a longer second prompt", "3", "the fourth"]
+    args = (*prompts, "-n", 60, "--ignore-eos", "--kv-cache-memory", "160Ki", "--max-model-len", 100, *args)
+    run = cupaged(
+        "generate", "-m", tiny_model, "--stats", "--json", *GREEDY, *args
+    )  # 10 blocks; each prompt needs 4 or 5
+    assert run.code == 0, run.err
+    assert re.search(says, run.err, re.MULTILINE), run.err
+    expected = generate_json(cupaged, tiny_model, *prompts, "-n", 60, "--ignore-eos")
+    assert [json.loads(line)["token_ids"] for line in run.out.splitlines()] == [r["token_ids"] for r in expected]
+
+
 def test_beam_search(cupaged, tiny_model):
     (plain,) = generate_json(cupaged, tiny_model, "Hello", "-n", 12, "--ignore-eos", "--logprobs", 0)
     (found,) = generate_json(cupaged, tiny_model, "Hello", "-n", 12, "--ignore-eos", "--beam-width", 4)
-    best, *others = found["beams"]
+    best, *others = found["outputs"]
     assert best["token_ids"] == found["token_ids"]
     assert len(others) == 3
     assert best["cumulative_logprob"] >= sum(entry["logprob"] for entry in plain["logprobs"]) - 1e-4
@@ -166,6 +213,13 @@ def test_stats(cupaged, tiny_model):
         (["x", "--gpu-memory-utilization", "1.5"], 2, "gpu_memory_utilization"),
         (["x", "--max-model-len", "0"], 2, "max_model_len"),
         (["x", "--max-num-seqs", "0"], 2, "max_num_seqs"),
+        (["x", "--n", "0"], 2, "n must be"),
+        (["x", "--n", "2", "--beam-width", "2"], 2, "--n"),
+        (["x", "--n", "300"], 2, "max_num_seqs"),
+        (["x", "--preemption-mode", "never"], 2, "--preemption-mode"),
+        (["x", "--preemption-mode", "swap", "--swap-space", "0"], 2, "swap_space_bytes"),
+        (["x", "--preemption-mode", "swap", "--swap-space", "1k"], 2, "swap_space_bytes"),
+        (["x", "--swap-space", "lots"], 2, "size"),
         (["x" * 600], 2, "max_model_len"),
         ([""], 2, "empty"),
         (["x", "--frobnicate"], 2, "--frobnicate"),
