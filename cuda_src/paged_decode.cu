@@ -99,7 +99,7 @@ paged_decode(scalar_t* __restrict__ out,            // [num_seqs, num_heads, kHe
     const bool valid = row < num_rows;
     cp_async_16(q_tile + Layout::offset(row, chunk), q + (valid ? row : 0) * kHeadDim + chunk * 8, valid);
   }
-  Stream stream(ring, kv, block_tables + (long long)seq * max_blocks, block_shift, kv_head, split.begin, split.end);
+  Stream stream(ring, {kv, block_tables + (long long)seq * max_blocks, block_shift, kv_head, split.begin, split.end});
   stream.prefetch();
 
   WarpAttention<scalar_t, kHeadDim, 1, 16> attention;

@@ -68,8 +68,8 @@ paged_prefill(scalar_t* __restrict__ out,               // [num_tokens, num_head
                 qkv + (token * (num_heads + 2 * kv.num_kv_heads) + head) * kHeadDim + chunk * 8,
                 source == first_row + row);
   }
-  Stream stream(ring, kv, block_tables + (long long)seq * max_blocks, block_shift, kv_head,
-                max(0, end_of(first_row) - window), last_end);
+  Stream stream(ring, {kv, block_tables + (long long)seq * max_blocks, block_shift, kv_head,
+                       max(0, end_of(first_row) - window), last_end});
   stream.prefetch();
 
   const int lane = threadIdx.x % kWarpSize;

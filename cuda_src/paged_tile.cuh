@@ -25,11 +25,40 @@ struct TileLayout {
   }
 };
 
+// The keys and values of one sequence and one kv head, at positions begin .. end - 1.
+struct PagedRows {
+  const PagedKV& kv;
+  const int* block_table;  // [>= ceil(end / block size)] the sequence's blocks
+  int block_shift;         // log2(block size)
+  int kv_head;
+  int begin, end;
+
+  // Start copying positions first .. first + kKeys - 1 to a tile, by the first kNumThreads threads of the block. Rows
+  // outside the range become zeros, and neither their slots nor their block table entries are read: an unused slot may
+  // hold NaN, and NaN times a weight of 0 is NaN.
+  template <typename Layout,  // of the tile: TileLayout or alike
+            int kKeys, int kNumThreads, typename scalar_t>
+  __device__ __forceinline__ void copy(scalar_t* tile, long long part,  // kv.k_offset or kv.v_offset
+                                       int first) const {
+    constexpr int kCopies = kKeys * Layout::kChunks;
+    static_assert(kCopies % kNumThreads == 0, "each thread copies the same number of chunks of a tile");
+#pragma unroll 4
+    for (int i = 0; i < kCopies / kNumThreads; ++i) {
+      const int copy = i * kNumThreads + threadIdx.x;
+      const int row = copy / Layout::kChunks, chunk = copy % Layout::kChunks;
+      const int key = first + row;
+      const int source = min(max(key, begin), end - 1);  // a row that exists: its address is good, if unused
+      const scalar_t* src = kv.row<scalar_t, Layout::kChunks * 8>(part, block_table[source >> block_shift], kv_head,
+                                                                  block_shift, source & ((1 << block_shift) - 1));
+      cp_async_16(tile + Layout::offset(row, chunk), src + chunk * 8, key == source);
+    }
+  }
+};
+
 // The tiles of one sequence and one kv head, K and V in turn (K0 V0 K1 V1 ...), through a ring of kStages tiles of
 // shared memory: kStages - 1 are on their way while one is in use. Tile i holds kKeys keys from first_key() + i * kKeys
 // on, and first_key() is a multiple of kKeys: tiles lie at absolute positions, wherever the range begins. Rows outside
-// the range are zeros, and neither their slots nor their block table entries are read: an unused slot may hold NaN, and
-// NaN times a weight of 0 is NaN.
+// the range are zeros.
 // PRECOND: blockDim.x == kNumThreads, and all threads call prefetch() once and next() equally often.
 template <typename scalar_t,  // element type
           int kHeadDim,       // elements a row
@@ -42,15 +71,10 @@ class KVStream {
   static_assert(kStages >= 2, "a ring needs a tile in use and one on its way");
 
   __device__ __forceinline__ KVStream(scalar_t* ring,             // [kStages, kKeys, kHeadDim] shared
-                                      const PagedKV& kv,          //
-                                      const int* block_table,     // [>= ceil(end / block size)] the sequence's blocks
-                                      int block_shift,            // log2(block size)
-                                      int kv_head,                //
-                                      int begin, int end)         // positions to load; empty when end <= begin
-      : ring_(ring), kv_(kv), block_table_(block_table), block_shift_(block_shift), kv_head_(kv_head), begin_(begin),
-        end_(end), num_tiles_(end > begin ? ceil_div(end - first_key(), kKeys) : 0) {}
+                                      const PagedRows& rows)      // to load; none when its end <= its begin
+      : ring_(ring), rows_(rows), num_tiles_(rows.end > rows.begin ? ceil_div(rows.end - first_key(), kKeys) : 0) {}
 
-  __device__ __forceinline__ int first_key() const { return begin_ / kKeys * kKeys; }
+  __device__ __forceinline__ int first_key() const { return rows_.begin / kKeys * kKeys; }
   __device__ __forceinline__ int num_tiles() const { return num_tiles_; }
 
   // Start the first kStages - 1 loads. Asynchronous copies that the caller began before are waited for with the first.
@@ -71,23 +95,10 @@ class KVStream {
 
  private:
   __device__ __forceinline__ void load() {
-    using Layout = TileLayout<kHeadDim>;
-    constexpr int kCopies = kKeys * Layout::kChunks;
-    static_assert(kCopies % kNumThreads == 0, "each thread copies the same number of chunks of a tile");
     if (loaded_ < 2 * num_tiles_) {
-      const int first = first_key() + loaded_ / 2 * kKeys;
-      const long long part = loaded_ % 2 == 0 ? kv_.k_offset : kv_.v_offset;
-      scalar_t* tile = ring_ + load_slot_ * kTileSize;
-#pragma unroll 4
-      for (int i = 0; i < kCopies / kNumThreads; ++i) {
-        const int copy = i * kNumThreads + threadIdx.x;
-        const int row = copy / Layout::kChunks, chunk = copy % Layout::kChunks;
-        const int key = first + row;
-        const int source = min(max(key, begin_), end_ - 1);  // a row that exists: its address is good, if unused
-        const scalar_t* src = kv_.row<scalar_t, kHeadDim>(part, block_table_[source >> block_shift_], kv_head_,
-                                                          block_shift_, source & ((1 << block_shift_) - 1));
-        cp_async_16(tile + Layout::offset(row, chunk), src + chunk * 8, key == source);
-      }
+      const long long part = loaded_ % 2 == 0 ? rows_.kv.k_offset : rows_.kv.v_offset;
+      rows_.copy<TileLayout<kHeadDim>, kKeys, kNumThreads>(ring_ + load_slot_ * kTileSize, part,
+                                                           first_key() + loaded_ / 2 * kKeys);
       ++loaded_;
       load_slot_ = load_slot_ + 1 == kStages ? 0 : load_slot_ + 1;
     }
@@ -95,9 +106,8 @@ class KVStream {
   }
 
   scalar_t* ring_;
-  const PagedKV& kv_;
-  const int* block_table_;
-  int block_shift_, kv_head_, begin_, end_, num_tiles_;
+  const PagedRows rows_;
+  int num_tiles_;
   int loaded_ = 0;  // tiles whose load has begun, K and V counted each
   int load_slot_ = 0, use_slot_ = 0;
 };

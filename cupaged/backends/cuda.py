@@ -28,10 +28,12 @@ from cupaged.kernels.linear_small import MAX_ROWS, linear_small
 from cupaged.kernels.logits import edit_logits, keep_allowed
 from cupaged.kernels.logprobs import logprobs
 from cupaged.kernels.paged_decode import decode_workspace_size, paged_decode
-from cupaged.kernels.paged_prefill import paged_prefill
+from cupaged.kernels.paged_prefill import KERNELS, paged_prefill
+from cupaged.kernels.paged_prefill_sm90 import KERNELS_SM90
 from cupaged.kernels.rms_norm import rms_norm
 from cupaged.kernels.rope import rope_and_store_kv
 from cupaged.kernels.sampler import sample
+from cupaged.kernels.tier import SM90_SUFFIX, use_sm90
 from cupaged.memory.arena import KVArena
 from cupaged.memory.budget import format_bytes
 
@@ -40,7 +42,8 @@ PART_ALIGNMENT = 16  # bytes; where the arrays of a batch begin in their common 
 
 BATCH_ARRAYS = [field.name for field in dataclasses.fields(Batch) if field.type == "Array"]
 BENCHMARK_KERNELS = ("partial_sums.cu",)  # no model asks for them
-CACHE_KERNELS = ("rope.cu", "paged_decode.cu", "paged_prefill.cu")  # head_dim is their second template argument
+# Their second template argument is head_dim.
+CACHE_KERNELS = ("rope.cu", "paged_decode.cu", "paged_prefill.cu", "paged_prefill_sm90.cu")
 
 
 # CUDA's own numbers, which CuPy doesn't name.
@@ -221,6 +224,7 @@ class CudaBackend:
         self._batch_staging: PinnedRing | None = None
         self._batch_buffer: Array | None = None  # uint8: all arrays of a batch
         self._decode_workspace: Array | None = None  # uint8: the partial results of split sequences
+        self._prefill_kernels = KERNELS
 
     # -- memory --------------------------------------------------------------------------------------------
 
@@ -275,7 +279,9 @@ class CudaBackend:
         return self._device.memory_info()
 
     def reserve(self, config: ModelConfig, max_num_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
-        load_kernels(needed_kernels(self.dtype, config.head_dim))
+        sm90 = use_sm90()
+        load_kernels(needed_kernels(self.dtype, config.head_dim, sm90))
+        self._prefill_kernels = KERNELS_SM90 if sm90 else KERNELS
 
         num_bytes = decode_workspace_size(
             max_num_seqs, config.num_heads, config.num_kv_heads, config.head_dim, max_model_len
@@ -350,8 +356,9 @@ class CudaBackend:
             )
         if batch.num_decodes < batch.num_seqs:
             paged_prefill(
-                out, qkv, arena, layer, *sequences, batch.query_start_loc, max_query_len=batch.max_query_len, **common
-            )
+                out, qkv, arena, layer, *sequences, batch.query_start_loc,
+                max_query_len=batch.max_query_len, kernels=self._prefill_kernels, **common,
+            )  # fmt: skip
 
     # -- sampling ------------------------------------------------------------------------------------------
 
@@ -365,11 +372,13 @@ def _padded(num_bytes: int) -> int:
     return ceil_div(num_bytes, PART_ALIGNMENT) * PART_ALIGNMENT
 
 
-def needed_kernels(dtype: np.dtype, head_dim: int) -> Iterator[tuple[str, str]]:
-    """Of the instantiations that are shipped, those that a model with this dtype and head_dim may ask for."""
+def needed_kernels(dtype: np.dtype, head_dim: int, sm90: bool) -> Iterator[tuple[str, str]]:
+    """Of the instantiations that are shipped, those that a model with this dtype and head_dim may ask for, with or
+    without Hopper's own."""
     other_types = {C_TYPE[other] for other in HALF_TYPES if other != dtype}
     for file, name in registry.instantiations():
         arguments = name[name.index("<") + 1 : -1].split(", ")
         other_cache = file in CACHE_KERNELS and arguments[1] != str(head_dim)
-        if file not in BENCHMARK_KERNELS and arguments[0] not in other_types and not other_cache:
+        other_tier = file.endswith(SM90_SUFFIX) and not sm90
+        if file not in BENCHMARK_KERNELS and arguments[0] not in other_types and not other_cache and not other_tier:
             yield file, name

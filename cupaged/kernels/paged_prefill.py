@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,17 +19,36 @@ NUM_STAGES = 2  # kStages in paged_prefill.cu
 TILES = {64: (2, 64), 80: (2, 64), 96: (2, 64), 128: (2, 64), 256: (1, 64)}
 
 
-def kernel_name(dtype: np.dtype, head_dim: int) -> tuple[str, str]:
+class PrefillKernel(NamedTuple):
+    """An instantiation, and how it wants to be launched."""
+
+    file: str
+    name: str
+    num_rows: int  # of a thread block: (token, head of the group) pairs
+    num_threads: int
+    shared_bytes: int
+
+
+def prefill_kernel(dtype: np.dtype, head_dim: int) -> PrefillKernel:
     row_tiles, num_keys = TILES[head_dim]
-    name = f"paged_prefill<{C_TYPE[dtype]}, {head_dim}, {NUM_WARPS}, {row_tiles}, {num_keys}>"
-    return "paged_prefill.cu", name
+    num_rows = NUM_WARPS * row_tiles * 16
+    return PrefillKernel(
+        "paged_prefill.cu",
+        f"paged_prefill<{C_TYPE[dtype]}, {head_dim}, {NUM_WARPS}, {row_tiles}, {num_keys}>",
+        num_rows,
+        num_threads=32 * NUM_WARPS,
+        shared_bytes=(NUM_STAGES * num_keys + num_rows) * head_dim * dtype.itemsize,
+    )
 
 
 def instantiations() -> Iterator[tuple[str, str]]:
     """(file, name) of every kernel that this module launches."""
     for dtype in HALF_TYPES:
         for head_dim in TILES:
-            yield kernel_name(dtype, head_dim)
+            yield prefill_kernel(dtype, head_dim)[:2]
+
+
+KERNELS = dict.fromkeys(TILES, prefill_kernel)
 
 
 def paged_prefill(
@@ -45,18 +65,19 @@ def paged_prefill(
     max_query_len: int,
     sm_scale: float,
     window: int = 0,
+    kernels: Mapping[int, Callable[[np.dtype, int], PrefillKernel]] = KERNELS,
 ) -> None:
     """`Backend.paged_attention` for the sequences after the first num_decodes.
 
     out [num_tokens, num_heads * head_dim] and qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], bfloat16 or
     float16 like the cache; arena: the cache (`KVArena`), of which `layer` is read; block_tables [num_seqs, max_blocks]
     int32; seq_lens [num_seqs] and query_start_loc [num_seqs + 1] int32 as in `Batch`, no query after the decodes longer
-    than max_query_len. Rows of out that belong to the decodes are left alone.
+    than max_query_len. Rows of out that belong to the decodes are left alone. kernels: which one for which head_dim.
 
     Raises ValueError on arrays, sizes or a head_dim that don't fit.
     """
     layout = arena.layout
-    check_attention(out, qkv, arena, layer, block_tables, seq_lens, num_heads, TILES)
+    check_attention(out, qkv, arena, layer, block_tables, seq_lens, num_heads, kernels)
     scale, window = softmax_scale(sm_scale), kernel_window(window)
     num_seqs = seq_lens.shape[0]
     check("query_start_loc", query_start_loc, (num_seqs + 1,), np.int32)
@@ -65,10 +86,9 @@ def paged_prefill(
         num_seqs - num_decodes <= MAX_GRID_YZ,
         f"seq_lens: at most {MAX_GRID_YZ} sequences in one launch; got {num_seqs - num_decodes}",
     )
-    row_tiles, num_keys = TILES[layout.head_dim]
-    num_rows = NUM_WARPS * row_tiles * 16
-    num_tiles = ceil_div(max_query_len * (num_heads // layout.num_kv_heads), num_rows)
-    most = MAX_GRID_YZ * num_rows * layout.num_kv_heads // num_heads
+    kernel = kernels[layout.head_dim](qkv.dtype, layout.head_dim)
+    num_tiles = ceil_div(max_query_len * (num_heads // layout.num_kv_heads), kernel.num_rows)
+    most = MAX_GRID_YZ * kernel.num_rows * layout.num_kv_heads // num_heads
     check_that(0 <= max_query_len <= most, f"max_query_len: expected 0 to {most}; got {max_query_len}")
     if num_seqs == num_decodes or num_tiles == 0:
         return
@@ -87,5 +107,4 @@ def paged_prefill(
         np.float32(scale),
     )
     grid = (layout.num_kv_heads, num_seqs - num_decodes, num_tiles)
-    shared_mem = (NUM_STAGES * num_keys + num_rows) * layout.head_dim * qkv.dtype.itemsize
-    load_kernel(*kernel_name(qkv.dtype, layout.head_dim))(grid, (32 * NUM_WARPS,), args, shared_mem=shared_mem)
+    load_kernel(kernel.file, kernel.name)(grid, (kernel.num_threads,), args, shared_mem=kernel.shared_bytes)

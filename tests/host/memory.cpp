@@ -32,6 +32,7 @@ struct Cell {
   short writer;                 // thread number
   short read_warp, read_lane;   // kSeveral: more than one since that epoch
   bool write_atomic, copying;   // copying: the destination of a cp.async that hasn't landed
+  bool unfenced;                // one has landed there, and no fence.proxy.async followed
 };
 
 struct SharedMemory {
@@ -44,7 +45,8 @@ struct SharedMemory {
 };
 
 SharedMemory shared[2] = {{nullptr, nullptr, "dynamic shared memory", {}}, {nullptr, nullptr, "static shared memory", {}}};
-alignas(128) unsigned char dynamic_memory[(227 << 10) + 128];  // what a thread block may have on the largest GPU
+// What a thread block may have on the largest GPU. It begins at a multiple of 128, but of no more: nothing more is promised.
+alignas(1024) unsigned char dynamic_memory[(227 << 10) + 128];
 std::vector<Region> regions;
 size_t latest_region;  // the one that held the latest access
 
@@ -80,6 +82,12 @@ void note_write(Cell& cell, const Thread& self, bool atomic) {
   cell.writer = short(self.number);
   cell.write_atomic = atomic;
   cell.read_warp = kNobody;
+}
+
+Cell& cell_of(void* dst, int i) {  // of a byte of what a cp.async copies
+  auto* p = static_cast<unsigned char*>(dst) + i;
+  SharedMemory& memory = shared[0].holds(p) ? shared[0] : shared[1];
+  return memory.cells[p - memory.begin];
 }
 
 void access_shared(SharedMemory& memory, const unsigned char* p, unsigned size, Access kind) {
@@ -195,8 +203,8 @@ void atomic_write(void* address, const void* value, unsigned size) { memcpy(addr
 unsigned char* dynamic_shared() { return shared[0].begin; }
 
 void begin_launch() {
-  shared[0].begin = dynamic_memory;
-  shared[0].end = dynamic_memory + launch->shared_bytes;
+  shared[0].begin = dynamic_memory + 128;
+  shared[0].end = shared[0].begin + launch->shared_bytes;
   shared[1].begin = launch->static_begin;
   shared[1].end = launch->static_end;
   for (SharedMemory& memory : shared) memory.cells.assign(memory.end - memory.begin, Cell{});
@@ -230,12 +238,29 @@ void begin_copy(void* dst, const void* src, bool valid) {
 void end_copy(void* dst) {
   drop_copy(dst);
   access(dst, 16, Access::kWrite);
+  for (int i = 0; i < 16; ++i) cell_of(dst, i).unfenced = true;
+}
+
+void fence_copy(void* dst) {
+  for (int i = 0; i < 16; ++i) cell_of(dst, i).unfenced = false;
 }
 
 void drop_copy(void* dst) {
-  auto* p = static_cast<unsigned char*>(dst);
-  SharedMemory& memory = shared[0].holds(p) ? shared[0] : shared[1];
-  for (int i = 0; i < 16; ++i) memory.cells[p - memory.begin + i].copying = false;
+  for (int i = 0; i < 16; ++i) cell_of(dst, i).copying = false;
+}
+
+const unsigned char* async_read(unsigned address) {
+  SharedMemory& memory = shared[0];
+  const unsigned offset = (address - shared_address(memory.begin)) % (1u << 18);
+  if (offset + 16 > memory.cells.size()) fail("out of bounds: wgmma reads at offset %u of %s", offset, memory.name);
+  for (unsigned i = offset; i < offset + 16; ++i) {
+    const Cell& cell = memory.cells[i];
+    if (cell.copying) fail("race: wgmma reads byte %u of %s, where a cp.async has not landed", i, memory.name);
+    if (cell.unfenced)
+      fail("race: wgmma reads byte %u of %s, which thread number %d filled by cp.async with no fence.proxy.async", i,
+           memory.name, cell.writer);
+  }
+  return memory.begin + offset;
 }
 
 }  // namespace host

@@ -39,9 +39,10 @@ class Mutation:
     why_not: str = ""  # why the host can't see it, where it can't
 
 
-BARRIER, COPY, WARP, INDEX, EDGE, STATE, BLOCKS = (
+BARRIER, COPY, HOPPER, WARP, INDEX, EDGE, STATE, BLOCKS = (
     "barrier",
     "asynchronous copy",
+    "hopper",
     "warp collective",
     "index",
     "edge",
@@ -195,9 +196,82 @@ MUTATIONS = (
     ),
     Mutation(
         COPY, "paged_tile.cuh", "rows outside of the range are loaded, NaN and all",
-        "min(max(key, begin_), end_ - 1);",
+        "min(max(key, begin), end - 1);",
         "key;",
         ATTENTION,
+    ),
+    # -- Hopper: barriers in shared memory, warpgroup products ----------------------------------------------------
+    Mutation(
+        HOPPER, "paged_prefill_sm90.cu", "a slot is filled again before its products are done",
+        "      if (fill >= kSlots) mbarrier_wait(empty + fill % kSlots, (fill / kSlots - 1) % 2);\n",
+        "",
+        PREFILL,
+    ),
+    Mutation(
+        HOPPER, "paged_prefill_sm90.cu", "a tile is scored before it has arrived",
+        "      wait_for(2 * tile);\n",
+        "",
+        PREFILL,
+    ),
+    Mutation(
+        HOPPER, "paged_prefill_sm90.cu", "a tile is handed over while one more copy is under way",
+        "cp_async_wait_group<kLag>();",
+        "cp_async_wait_group<kLag + 1>();",
+        PREFILL,
+    ),
+    Mutation(
+        HOPPER, "paged_prefill_sm90.cu", "copies are not made visible to wgmma",
+        "      fence_proxy_async();\n",
+        "",
+        PREFILL,
+    ),
+    Mutation(
+        HOPPER, "paged_prefill_sm90.cu", "the last tiles are not handed over",
+        "for (int fill = max(0, num_fills - kLag); fill < num_fills; ++fill) hand_over(fill);",
+        "for (int fill = max(0, num_fills - kLag); fill + 1 < num_fills; ++fill) hand_over(fill);",
+        PREFILL,
+    ),
+    Mutation(
+        HOPPER, "paged_prefill_sm90.cu", "keys are given back before they have been multiplied",
+        "        wgmma_wait_group<1>();  // the scores\n        release(2 * tile + 2);",
+        "        release(2 * tile + 2);\n        wgmma_wait_group<1>();  // the scores",
+        PREFILL,
+    ),
+    Mutation(
+        HOPPER, "paged_prefill_sm90.cu", "the scores are read before they are there",
+        "        wgmma_wait_group<1>();  // the scores\n",
+        "",
+        PREFILL,
+    ),
+    Mutation(
+        HOPPER, "paged_prefill_sm90.cu", "weights are rounded into registers that a product still reads",
+        "        wgmma_wait_group<0>();  // the values\n        release(2 * tile + 1);",
+        "        round_weights();\n        wgmma_wait_group<0>();  // the values\n        release(2 * tile + 1);",
+        PREFILL,
+    ),
+    Mutation(
+        HOPPER, "paged_prefill_sm90.cu", "a warpgroup that sees nothing of the last tiles leaves without giving them back",
+        "    skip(max(seen_begin, seen_end), num_tiles);\n",
+        "",
+        PREFILL,
+    ),
+    Mutation(
+        HOPPER, "paged_prefill_sm90.cu", "the barrier waits for the warps of one warpgroup only",
+        "mbarrier_init(empty + slot, kConsumers * 4);",
+        "mbarrier_init(empty + slot, 4);",
+        PREFILL,
+    ),
+    Mutation(
+        HOPPER, "paged_prefill_sm90.cu", "the tiles begin at a multiple of 128 bytes, not of 1,024",
+        "shared + (1024 - shared_address(shared) % 1024) % 1024",
+        "shared",
+        PREFILL,
+    ),
+    Mutation(
+        HOPPER, "paged_prefill_sm90.cu", "the next 16 columns of keys are taken 8 columns on",
+        "b + 2 * part",
+        "b + part",
+        PREFILL,
     ),
     # -- warp collectives ---------------------------------------------------------------------------------------
     Mutation(
@@ -245,20 +319,20 @@ MUTATIONS = (
     # -- indices ------------------------------------------------------------------------------------------------
     Mutation(
         INDEX, "paged_tile.cuh", "the block table is not used",
-        "block_table_[source >> block_shift_]",
-        "source >> block_shift_",
+        "block_table[source >> block_shift]",
+        "source >> block_shift",
         DECODE,
     ),
     Mutation(
         INDEX, "paged_tile.cuh", "keys are loaded in place of values",
-        "loaded_ % 2 == 0 ? kv_.k_offset : kv_.v_offset",
-        "loaded_ % 2 == 0 ? kv_.k_offset : kv_.k_offset",
+        "loaded_ % 2 == 0 ? rows_.kv.k_offset : rows_.kv.v_offset",
+        "loaded_ % 2 == 0 ? rows_.kv.k_offset : rows_.kv.k_offset",
         DECODE,
     ),
     Mutation(
         INDEX, "paged_tile.cuh", "no key is taken from the last place of a block",
-        "source & ((1 << block_shift_) - 1)",
-        "min(source & ((1 << block_shift_) - 1), (1 << block_shift_) - 2)",
+        "source & ((1 << block_shift) - 1)",
+        "min(source & ((1 << block_shift) - 1), (1 << block_shift) - 2)",
         DECODE,
     ),
     Mutation(

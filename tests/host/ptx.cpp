@@ -1,6 +1,9 @@
-// ptx.cpp: the tensor-core and copy instructions of the portable tier, lane by lane.
+// ptx.cpp: the tensor-core, copy and barrier instructions of ptx.cuh and ptx_sm90.cuh, lane by lane.
 #include <stdint.h>
 #include <string.h>
+
+#include <algorithm>
+#include <limits>
 
 #include "shim.h"
 #include "state.h"
@@ -106,8 +109,214 @@ void cp_async_wait_group(int pending) {
     else
       memset(copy.dst, 0, 16);
     end_copy(copy.dst);
+    current->unfenced.push_back(copy.dst);
   }
   copies.erase(copies.begin(), copies.begin() + landed);
+}
+
+// -- Hopper -------------------------------------------------------------------------------------------------
+
+unsigned shared_address(const void* p) { return unsigned(uintptr_t(p)); }
+
+namespace {
+
+// What the eight bytes of an mbarrier hold.
+struct Mbarrier {
+  unsigned long long missing : 20, expected : 20, phase : 24;  // arrivals of this phase, of each phase; phases completed
+};
+
+Mbarrier load_mbarrier(const void* barrier) {
+  Mbarrier value;
+  memcpy(&value, barrier, sizeof value);
+  return value;
+}
+
+}  // namespace
+
+bool mbarrier_is_past(const void* barrier, int parity) { return load_mbarrier(barrier).phase % 2 != unsigned(parity); }
+
+void mbarrier_init(void* barrier, int num_arrivals) {
+  ENTER();
+  if (uintptr_t(barrier) % 8) fail("mbarrier.init: the barrier is not 8-byte aligned");
+  access(barrier, sizeof(Mbarrier), Access::kWrite);
+  const Mbarrier value{unsigned(num_arrivals), unsigned(num_arrivals), 0};
+  memcpy(barrier, &value, sizeof value);
+}
+
+// Half of the times the others run first, so that what follows an arrival can come late.
+void mbarrier_arrive(void* barrier) {
+  ENTER();
+  access(barrier, sizeof(Mbarrier), Access::kRead);
+  Mbarrier value = load_mbarrier(barrier);
+  value.missing = value.missing - 1;
+  if (value.missing == 0) {
+    value.missing = value.expected;
+    value.phase = value.phase + 1;
+  }
+  memcpy(barrier, &value, sizeof value);
+  if (!coin()) return;
+  current->barrier = nullptr;
+  wait_for_others(State::kAtMbarrier);
+}
+
+void mbarrier_wait(void* barrier, int parity, Site site) {
+  ENTER();
+  access(barrier, sizeof(Mbarrier), Access::kRead);
+  if (mbarrier_is_past(barrier, parity)) return;
+  current->barrier = barrier;
+  current->parity = parity;
+  current->site = site;
+  wait_for_others(State::kAtMbarrier);
+}
+
+void fence_proxy_async() {
+  for (unsigned char* dst : current->unfenced) fence_copy(dst);
+  current->unfenced.clear();
+}
+
+void converge(const char* name, Site site) {
+  ENTER();
+  warp_collective(name, 0xffffffffu, current, [](void* const[32], unsigned) {}, site);
+}
+
+namespace {
+
+void start_product(const Product& product) {
+  converge("wgmma", product.site);
+  for (unsigned long long descriptor : {product.a_registers ? product.b : product.a, product.b}) {
+    if (descriptor >> 62 != 1 || (descriptor >> 32 & 0x3fff) != 1024 / 16)
+      fail("%s:%d: wgmma: descriptor %016llx has another layout than rows of 128 swizzled bytes", product.site.file,
+           product.site.line, descriptor);
+    if ((descriptor & 0x3fff) * 16 % 1024 >= 128)
+      fail("%s:%d: wgmma: a panel does not begin at a multiple of 1024 bytes", product.site.file, product.site.line);
+  }
+  std::vector<Accumulator>& accumulators = current->accumulators;
+  float* d = product.d;
+  if (std::none_of(accumulators.begin(), accumulators.end(), [&](const Accumulator& a) { return a.d == d; })) {
+    accumulators.push_back({d, std::vector<float>(d, d + product.n / 2)});
+    std::fill(d, d + product.n / 2, std::numeric_limits<float>::quiet_NaN());
+  }
+  current->products.push_back(product);
+  current->products.back().group = current->num_product_groups;
+}
+
+}  // namespace
+
+void wgmma_ss(HalfType type, float* d, int n, unsigned long long a, unsigned long long b, bool accumulate, Site site) {
+  ENTER();
+  start_product({type, d, n, nullptr, a, b, accumulate, 0, site});
+}
+
+void wgmma_rs(HalfType type, float* d, int n, const unsigned (&a)[4], unsigned long long b, Site site) {
+  ENTER();
+  start_product({type, d, n, a, 0, b, true, 0, site});
+}
+
+namespace {
+
+// The 8 elements at an address before it is swizzled.
+void load_chunk(float* values, HalfType type, unsigned address) {
+  const unsigned char* p = async_read(address ^ (address >> 7 & 7) << 4);
+  for (int i = 0; i < 8; ++i) {
+    unsigned short bits;
+    memcpy(&bits, p + 2 * i, 2);
+    values[i] = element(type, bits, 0);
+  }
+}
+
+unsigned first_address(unsigned long long descriptor) { return unsigned(descriptor & 0x3fff) * 16; }
+
+// Columns 0 .. 15 of a row of an operand that a wgmma_descriptor names.
+void load_row(float (&values)[16], HalfType type, unsigned long long descriptor, int row) {
+  for (int chunk = 0; chunk < 2; ++chunk)
+    load_chunk(values + 8 * chunk, type, first_address(descriptor) + row / 8 * 1024 + row % 8 * 128 + chunk * 16);
+}
+
+// Columns 8 * j .. + 7 of rows 0 .. 15 of an operand that a wgmma_transposed names.
+void load_columns(float (&values)[16][8], HalfType type, unsigned long long descriptor, int j) {
+  const unsigned panel_bytes = unsigned(descriptor >> 16 & 0x3fff) * 16;
+  for (int row = 0; row < 16; ++row)
+    load_chunk(values[row], type,
+               first_address(descriptor) + j / 8 * panel_bytes + j % 8 * 16 + row / 8 * 1024 + row % 8 * 128);
+}
+
+// A thread's part of its product with this index, summed in float64 and rounded to float32 once. lanes: its warp.
+void multiply(const Thread& thread, size_t index, void* const lanes[32], float* d) {
+  const Product& product = thread.products[index];
+  const int warp = thread.warp % 4, g = thread.lane / 4, t = thread.lane % 4;
+  float a[2][16];
+  if (product.a_registers) {  // the warp's rows are spread over its lanes
+    for (int half = 0; half < 2; ++half)
+      for (int k = 0; k < 16; ++k) {
+        const Thread& owner = *static_cast<Thread*>(lanes[4 * g + k / 2 % 4]);
+        a[half][k] = element(product.type, owner.products[index].a_registers[half + k / 8 * 2], k % 2);
+      }
+  } else {
+    for (int half = 0; half < 2; ++half) load_row(a[half], product.type, product.a, 16 * warp + g + 8 * half);
+  }
+  for (int j = 0; j < product.n / 8; ++j) {
+    float b[16][8];
+    if (product.a_registers) {
+      load_columns(b, product.type, product.b, j);
+    } else {
+      for (int column = 2 * t; column < 2 * t + 2; ++column) {
+        float row[16];
+        load_row(row, product.type, product.b, 8 * j + column);
+        for (int k = 0; k < 16; ++k) b[k][column] = row[k];
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      double total = product.accumulate ? d[4 * j + i] : 0.;
+      for (int k = 0; k < 16; ++k) total += double(a[i / 2][k]) * b[k][2 * t + i % 2];
+      d[4 * j + i] = float(total);
+    }
+  }
+}
+
+}  // namespace
+
+namespace {
+
+// The first `count` are done: sums that no other adds to are there.
+void finish_products(Thread& thread, size_t count) {
+  std::vector<Product>& products = thread.products;
+  products.erase(products.begin(), products.begin() + count);
+  for (size_t i = thread.accumulators.size(); i-- > 0;) {
+    const Accumulator& accumulator = thread.accumulators[i];
+    if (std::any_of(products.begin(), products.end(), [&](const Product& p) { return p.d == accumulator.d; })) continue;
+    std::copy(accumulator.values.begin(), accumulator.values.end(), accumulator.d);
+    thread.accumulators.erase(thread.accumulators.begin() + i);
+  }
+}
+
+}  // namespace
+
+void wgmma_commit_group(Site site) {
+  converge("wgmma_commit_group", site);
+  ++current->num_product_groups;
+}
+
+// Does the products of all committed groups but the latest `pending`, and no others.
+void wgmma_wait_group(int pending, Site site) {
+  ENTER();
+  current->max_pending = pending;
+  warp_collective(
+      "wgmma_wait_group", 0xffffffffu, current,
+      [](void* const lanes[32], unsigned) {
+        const auto is_done = [](const Thread& thread, const Product& product) {
+          return product.group < thread.num_product_groups - thread.max_pending;
+        };
+        const Thread& first = *static_cast<Thread*>(lanes[0]);
+        size_t done = 0;
+        for (; done < first.products.size() && is_done(first, first.products[done]); ++done)
+          for (int lane = 0; lane < kWarpSize; ++lane) {
+            Thread& thread = *static_cast<Thread*>(lanes[lane]);
+            for (Accumulator& accumulator : thread.accumulators)
+              if (accumulator.d == thread.products[done].d) multiply(thread, done, lanes, accumulator.values.data());
+          }
+        for (int lane = 0; lane < kWarpSize; ++lane) finish_products(*static_cast<Thread*>(lanes[lane]), done);
+      },
+      site);
 }
 
 }  // namespace host

@@ -27,10 +27,22 @@ unsigned block_epoch;
 
 namespace {
 
+struct Random {  // splitmix64
+  unsigned long long state;
+  unsigned long long operator()() {
+    unsigned long long z = (state += 0x9e3779b97f4a7c15ull);
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+    return z ^ z >> 31;
+  }
+};
+
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kPageBytes = 4096;
 
 void* scheduler_stack_pointer;
+Random random;
+bool uses_mbarriers;  // the thread block that runs
 std::vector<std::unique_ptr<Thread>> threads;  // grows to the largest thread block; stacks are kept
 int num_threads;
 bool failed;
@@ -123,17 +135,7 @@ std::unique_ptr<Thread> new_thread() {
 
 // -- scheduling ---------------------------------------------------------------------------------------------
 
-struct Random {  // splitmix64
-  unsigned long long state;
-  unsigned long long operator()() {
-    unsigned long long z = (state += 0x9e3779b97f4a7c15ull);
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-    return z ^ z >> 31;
-  }
-};
-
-void shuffle_order(std::vector<unsigned>& order, Random& random) {
+void shuffle_order(std::vector<unsigned>& order) {
   for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random() % i]);
 }
 
@@ -191,6 +193,10 @@ void report(Thread& thread, const char* format, ...) {
 
 // All threads wait or have exited, and no barrier is complete: say who is missing where.
 void diagnose_deadlock() {
+  for (int i = 0; i < num_threads; ++i)
+    if (threads[i]->state == State::kAtMbarrier)
+      return report(*threads[i], "%s:%d: mbarrier_wait: nobody is left to complete the phase of parity %d",
+                    threads[i]->site.file, threads[i]->site.line, threads[i]->parity);
   for (int i = 0; i < num_threads; ++i) {
     Thread& thread = *threads[i];
     if (thread.state != State::kAtWarpCollective) continue;
@@ -242,8 +248,22 @@ bool complete_barrier() {
   return true;
 }
 
-void run_block(Random& random) {
+// Lets those go on whose mbarrier has completed the phase; whether there are any.
+bool complete_mbarriers() {
+  bool any = false;
+  for (int i = 0; i < num_threads && uses_mbarriers; ++i) {
+    Thread& thread = *threads[i];
+    if (thread.state != State::kAtMbarrier || (thread.barrier && !mbarrier_is_past(thread.barrier, thread.parity)))
+      continue;
+    thread.state = State::kRunnable;
+    any = true;
+  }
+  return any;
+}
+
+void run_block() {
   ++block_epoch;
+  uses_mbarriers = false;
   begin_block();
   for (int i = 0; i < num_threads; ++i) {
     Thread& thread = *threads[i];
@@ -251,20 +271,34 @@ void run_block(Random& random) {
     thread.warp_epoch = 0;
     thread.num_groups = 0;
     thread.copies.clear();
+    thread.unfenced.clear();
+    thread.products.clear();
+    thread.accumulators.clear();
+    thread.num_product_groups = 0;
     thread.pc = nullptr;
     prepare_fiber(thread);
   }
   std::vector<unsigned> warps = in_order((num_threads + kWarpSize - 1) / kWarpSize);
+  bool skipped;
   do {
-    if (launch->seed) shuffle_order(warps, random);
-    for (unsigned warp : warps)
-      if (!failed) run_warp(int(warp));
-  } while (!failed && complete_barrier());
+    skipped = false;
+    if (launch->seed) shuffle_order(warps);
+    for (unsigned warp : warps) {
+      const bool skip = uses_mbarriers && coin();  // so that some warps get ahead of others
+      skipped |= skip;
+      if (!failed && !skip) run_warp(int(warp));
+    }
+  } while (!failed && (complete_barrier() || complete_mbarriers() || skipped));
   for (int i = 0; i < num_threads; ++i)
     for (const Copy& copy : threads[i]->copies) drop_copy(copy.dst);
   if (failed) return;
   for (int i = 0; i < num_threads; ++i)
     if (threads[i]->state != State::kExited) return diagnose_deadlock();
+  for (int i = 0; i < num_threads; ++i)
+    if (!threads[i]->products.empty()) {
+      const Site site = threads[i]->products[0].site;
+      return report(*threads[i], "%s:%d: the thread exits before this wgmma has been waited for", site.file, site.line);
+    }
 }
 
 }  // namespace
@@ -276,6 +310,14 @@ void fail(const char* format, ...) {
   va_end(list);
   switch_to_scheduler();  // which leaves the launch, and this fiber for good
   __builtin_unreachable();
+}
+
+bool coin() { return launch->seed && random() % 2; }
+
+void wait_for_others(State state) {
+  uses_mbarriers = true;
+  current->state = state;
+  switch_to_scheduler();
 }
 
 // -- collectives --------------------------------------------------------------------------------------------
@@ -421,12 +463,12 @@ extern "C" __attribute__((visibility("default"))) void cupaged_host_launch(Launc
   }
   begin_launch();
 
-  Random random{launch->seed};
+  random = {launch->seed};
   std::vector<unsigned> blocks = in_order(size_t(gridDim.x) * gridDim.y * gridDim.z);
-  if (launch->seed) shuffle_order(blocks, random);
+  if (launch->seed) shuffle_order(blocks);
   for (unsigned block : blocks) {
     blockIdx = {block % gridDim.x, block / gridDim.x % gridDim.y, block / (gridDim.x * gridDim.y)};
-    run_block(random);
+    run_block();
     if (failed) break;
   }
   current = nullptr;

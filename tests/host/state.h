@@ -41,7 +41,25 @@ struct Copy {
   int group;  // the number of its commit group, counted from the thread's start
 };
 
-enum class State { kRunnable, kAtBlockBarrier, kAtWarpCollective, kExited };
+// A wgmma that has not been waited for. It reads its operands when it must have done so, and no earlier.
+struct Product {
+  HalfType type;
+  float* d;
+  int n;
+  const unsigned* a_registers;  // null where a is a descriptor
+  unsigned long long a, b;
+  bool accumulate;
+  int group;  // the number of its commit group, counted from the thread's start
+  Site site;
+};
+
+// What a wgmma that is under way adds to: d itself holds NaNs until all of them are done.
+struct Accumulator {
+  float* d;
+  std::vector<float> values;
+};
+
+enum class State { kRunnable, kAtBlockBarrier, kAtWarpCollective, kAtMbarrier, kExited };
 
 struct Thread {
   void* stack_pointer;
@@ -62,6 +80,14 @@ struct Thread {
   unsigned warp_epoch;  // grows with each __syncwarp
   std::vector<Copy> copies;
   int num_groups;  // committed so far
+  std::vector<unsigned char*> unfenced;  // where its copies have landed since its last fence.proxy.async
+
+  const void* barrier;  // the mbarrier that it waits for, and the parity of the phase
+  int parity;
+  std::vector<Product> products;
+  std::vector<Accumulator> accumulators;
+  int num_product_groups;  // committed so far
+  int max_pending;         // of these, at the wait that it is in
 };
 
 extern Thread* current;    // null outside of a launch
@@ -77,6 +103,14 @@ void begin_block();   // poisons shared memory
 void begin_copy(void* dst, const void* src, bool valid);  // an asynchronous write of 16 bytes: not readable yet
 void end_copy(void* dst);                                 // it has landed
 void drop_copy(void* dst);                                // it never will: its thread has exited
+void fence_copy(void* dst);                               // wgmma may read what has landed
+const unsigned char* async_read(unsigned address);        // 16 bytes of shared memory, as wgmma reads them
+
+// -- runtime.cpp --------------------------------------------------------------------------------------------
+
+bool coin();  // drawn from the launch's seed
+void wait_for_others(State state);  // until the scheduler makes the running thread runnable again
+bool mbarrier_is_past(const void* barrier, int parity);  // ptx.cpp: whether that phase has completed
 
 }  // namespace host
 

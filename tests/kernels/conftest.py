@@ -11,6 +11,7 @@ import pytest
 
 from cupaged.backends.cuda import probe
 from cupaged.kernels.compile import SOURCE_DIR, load_from_cubin, set_loader
+from cupaged.kernels.device import device_info
 from host.build import HostLoader, address_sanitizer_is_loaded, find_compiler
 from kernel_tools import GpuRunner, HostRunner
 
@@ -57,6 +58,9 @@ def runner(request):
     """
     if request.param == "gpu":
         import cupy
+
+        if request.node.get_closest_marker("sm90") and device_info().arch != "sm_90a":
+            pytest.skip(f"the kernel is for Hopper; this GPU is {device_info().arch}")
 
         with cupy.cuda.using_allocator(None):  # no pool, so that compute-sanitizer sees where each array ends
             yield GpuRunner()

@@ -28,6 +28,7 @@ from cupaged.errors import DeviceError, OutOfMemoryError
 from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32, HALF_TYPES
 from cupaged.kernels.compile import set_loader
 from cupaged.kernels.device import DeviceInfo, set_device_info
+from cupaged.kernels.tier import use_sm90
 from cupaged.memory.arena import KVArena, KVLayout
 from cupaged.sampling_params import SamplingParams
 from cupaged.weights.checkpoint import Checkpoint
@@ -157,15 +158,19 @@ def backend(host_build):
 # -- whole models --------------------------------------------------------------------------------------------
 
 
+# (device, model, dtype, tier)
 WHOLE_MODELS = [
-    *((NumpyDevice, name, dtype) for name in MODELS for dtype in HALF_TYPES),
-    (CupyArraysDevice, "qwen2", FLOAT16),
-    (CupyArraysDevice, "qwen3", BFLOAT16),
+    *((NumpyDevice, name, dtype, "portable") for name in MODELS for dtype in HALF_TYPES),
+    (CupyArraysDevice, "qwen2", FLOAT16, "portable"),
+    (CupyArraysDevice, "qwen3", BFLOAT16, "portable"),
+    (NumpyDevice, "llama", BFLOAT16, "sm90"),
+    (NumpyDevice, "mistral", FLOAT16, "sm90"),
 ]
 
 
-@pytest.mark.parametrize(("host_build", "name", "dtype"), WHOLE_MODELS, indirect=["host_build"])
-def test_whole_models_err_no_more_than_a_plain_implementation(host_build, name, dtype):
+@pytest.mark.parametrize(("host_build", "name", "dtype", "tier"), WHOLE_MODELS, indirect=["host_build"])
+def test_whole_models_err_no_more_than_a_plain_implementation(host_build, name, dtype, tier, monkeypatch):
+    monkeypatch.setenv("CUPAGED_TIER", tier)
     device, loaded = host_build
     expected = np.tile(golden(name)["logits"], (2, 1))
     actual = mixed_steps(new_driver(name, CudaBackend(device, dtype)), name)
@@ -179,11 +184,11 @@ def test_whole_models_err_no_more_than_a_plain_implementation(host_build, name, 
     assert np.abs(error).max() <= 2 * np.abs(plain_error).max()
     assert 10 * rms(plain_error) < rms(expected - expected.mean())  # or else anything would pass
 
-    assert loaded <= set(needed_kernels(dtype, 64))
+    assert loaded <= set(needed_kernels(dtype, 64, sm90=tier == "sm90"))
     used = {file for file, _ in loaded}
     assert used == {
-        "activation.cu", "embedding.cu", "linear.cu", "linear_small.cu", "paged_decode.cu", "paged_prefill.cu",
-        "rms_norm.cu", "rope.cu",
+        "activation.cu", "embedding.cu", "linear.cu", "linear_small.cu", "paged_decode.cu",
+        "paged_prefill_sm90.cu" if tier == "sm90" else "paged_prefill.cu", "rms_norm.cu", "rope.cu",
     }  # fmt: skip
 
 
@@ -253,7 +258,7 @@ def test_sampling_from_a_models_logits(host_build):
     assert backend.to_host(top_ids)[:, 1].tolist() == host_logits.argmax(axis=1).tolist()
     assert backend.to_host(top_ids)[0, 0] == host_logits[0].argmax()  # temperature 0
     assert (backend.to_host(ranks) >= 1).all()
-    assert loaded <= set(needed_kernels(BFLOAT16, 64))
+    assert loaded <= set(needed_kernels(BFLOAT16, 64, sm90=False))
 
 
 EDITED = [
@@ -316,7 +321,7 @@ def test_edited_requests_draw_what_the_reference_draws(host_build, monkeypatch, 
         assert np.array_equal(logprobs.ranks, expected.ranks)
         np.testing.assert_allclose(logprobs.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
     assert {name.split("<")[0] for _, name in loaded} == {"sample", "logprobs", "edit_logits", "keep_allowed"}
-    assert loaded <= set(needed_kernels(BFLOAT16, 64))
+    assert loaded <= set(needed_kernels(BFLOAT16, 64, sm90=False))
 
 
 # -- memory and copies ---------------------------------------------------------------------------------------
@@ -474,7 +479,7 @@ def test_other_dtypes_are_refused(runner, dtype):
 
 def test_needed_kernels_are_of_one_dtype_and_head_dim():
     for dtype, other in [(BFLOAT16, "__half"), (FLOAT16, "__nv_bfloat16")]:
-        names = [name for _, name in needed_kernels(dtype, 128)]
+        names = [name for _, name in needed_kernels(dtype, 128, sm90=True)]
         assert len(names) == len(set(names)) > 20
         assert not any(other in name for name in names)
         kernels = {name.split("<")[0] for _, name in cuda.registry.instantiations()}
@@ -482,6 +487,27 @@ def test_needed_kernels_are_of_one_dtype_and_head_dim():
         for name in names:
             if name.startswith(("rope", "paged")):
                 assert name.split(", ")[1] == "128"
+        files = {file for file, _ in needed_kernels(dtype, 128, sm90=False)}
+        assert not any(file.endswith("_sm90.cu") for file in files)
+
+
+def test_the_tier_is_asked_for(monkeypatch):
+    set_device_info(DeviceInfo("sm_80", num_sms=108, max_shared_bytes=166912))
+    try:
+        monkeypatch.delenv("CUPAGED_TIER", raising=False)
+        assert not use_sm90()
+        monkeypatch.setenv("CUPAGED_TIER", "sm90")
+        with pytest.raises(ValueError, match="^CUPAGED_TIER=sm90 needs a Hopper GPU"):
+            use_sm90()
+        set_device_info(H100)
+        assert use_sm90()
+        monkeypatch.setenv("CUPAGED_TIER", "portable")
+        assert not use_sm90()
+        monkeypatch.setenv("CUPAGED_TIER", "hopper")
+        with pytest.raises(ValueError, match="^CUPAGED_TIER: expected portable or sm90, got 'hopper'"):
+            use_sm90()
+    finally:
+        set_device_info(None)
 
 
 # -- is there a GPU ------------------------------------------------------------------------------------------

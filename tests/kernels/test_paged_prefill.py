@@ -1,4 +1,4 @@
-"""paged_prefill.cu against attention in float64, over a shuffled, NaN-poisoned cache."""
+"""paged_prefill.cu and paged_prefill_sm90.cu against attention in float64, over a shuffled, NaN-poisoned cache."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 
 from attention_tools import assert_teeth, attention_reference, pack_qkv, pointed_query
 from cupaged.kernels import paged_prefill as paged_prefill_module
+from cupaged.kernels import paged_prefill_sm90 as paged_prefill_sm90_module
 from cupaged.kernels.checks import BFLOAT16, FLOAT16
-from cupaged.kernels.paged_prefill import paged_prefill
+from cupaged.kernels.paged_prefill import KERNELS, paged_prefill
+from cupaged.kernels.paged_prefill_sm90 import KERNELS_SM90
 from kernel_tools import PagedCache, assert_close, is_poison, poisoned
 
 
@@ -39,7 +41,8 @@ class Case:
         )
 
 
-# A tile has 128 rows (64 at head_dim 256), a row being a (token, head of the group), and 64 keys.
+# A tile has 128 rows (64 at head_dim 256), a row being a (token, head of the group), and 64 keys. In the kernels for
+# Hopper it has 128 keys, and its warpgroups 64 rows each.
 CASES = [
     # whole prompts around the edges of blocks, key tiles and row tiles
     Case(64, 8, 2, 1, ((1, 1), (7, 7), (8, 8), (9, 9))),
@@ -73,6 +76,17 @@ CASES = [
     Case(256, 16, 1, 1, ((70, 150),), window=45),
     Case(80, 16, 1, 2, ((50, 80),), window=1000),
 ]
+
+# The cases, with the portable kernels and, for the head_dims that have one, with Hopper's own.
+CASES_AND_KERNELS = [
+    pytest.param(case, kernels, id=f"{tier}-{case}", marks=marks)
+    for tier, kernels, marks in (("portable", KERNELS, ()), ("sm90", KERNELS_SM90, pytest.mark.sm90))
+    for case in CASES
+    if tier == "portable" or KERNELS_SM90[case.head_dim] is not KERNELS[case.head_dim]
+]
+both_tiers = pytest.mark.parametrize(
+    "kernels", [pytest.param(KERNELS, id="portable"), pytest.param(KERNELS_SM90, id="sm90", marks=pytest.mark.sm90)]
+)
 
 
 def make_cache(runner, rng, case: Case) -> PagedCache:
@@ -136,67 +150,72 @@ def reference(case: Case, cache: PagedCache, query: np.ndarray) -> tuple[np.ndar
     return expected, bound
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_the_formula(runner, rng, case):
+@pytest.mark.parametrize(("case", "kernels"), CASES_AND_KERNELS)
+def test_matches_the_formula(runner, rng, case, kernels):
     cache = make_cache(runner, rng, case)
     query = make_query(rng, case, cache)
 
-    out = run(runner, case, cache, query)
+    out = run(runner, case, cache, query, kernels=kernels)
 
     expected, bound = reference(case, cache, query)
     assert_close(out, expected, atol=bound)
     assert_teeth(expected, bound)
 
 
+@both_tiers
 @pytest.mark.parametrize(("window", "group"), [(0, 3), (50, 1)])
-def test_chunks_give_the_bits_of_the_whole_prompt(runner, rng, window, group):
+def test_chunks_give_the_bits_of_the_whole_prompt(runner, rng, window, group, kernels):
     case = Case(64, 16, 1, group, ((150, 150),), window)
     cache = make_cache(runner, rng, case)
     query = make_query(rng, case, cache)
-    whole = run(runner, case, cache, query)
+    whole = run(runner, case, cache, query, kernels=kernels)
 
     begin = 0
     for length in (1, 62, 3, 64, 20):
         end = begin + length
         chunk = replace(case, lens=((length, end),))
         seq_lens = runner.array(np.array([end], np.int32))
-        out = run(runner, chunk, cache, query[begin:end], seq_lens=seq_lens)
+        out = run(runner, chunk, cache, query[begin:end], seq_lens=seq_lens, kernels=kernels)
         assert out.tobytes() == whole[begin:end].tobytes(), (begin, end)
         begin = end
     assert begin == len(query)
 
 
-def test_a_sequence_gives_the_same_bits_in_any_batch(runner, rng):
+@both_tiers
+def test_a_sequence_gives_the_same_bits_in_any_batch(runner, rng, kernels):
     case = Case(64, 16, 2, 2, ((30, 90), (100, 100), (7, 300)))
     cache = make_cache(runner, rng, case)
     query = make_query(rng, case, cache)
-    together = run(runner, case, cache, query, max_query_len=500)
+    together = run(runner, case, cache, query, max_query_len=500, kernels=kernels)
 
     for seq, (begin, end) in enumerate(zip(case.query_start_loc[:-1], case.query_start_loc[1:], strict=True)):
         alone = replace(case, lens=case.lens[seq : seq + 1])
         block_tables = runner.array(runner.host(cache.block_tables)[seq : seq + 1])
         seq_lens = runner.array(np.array(cache.seq_lens[seq : seq + 1], np.int32))
-        out = run(runner, alone, cache, query[begin:end], block_tables=block_tables, seq_lens=seq_lens)
+        changes = {"block_tables": block_tables, "seq_lens": seq_lens, "kernels": kernels}
+        out = run(runner, alone, cache, query[begin:end], **changes)
         assert out.tobytes() == together[begin:end].tobytes(), seq
 
 
-def test_leaves_the_decodes_alone(runner, rng):
+@both_tiers
+def test_leaves_the_decodes_alone(runner, rng, kernels):
     case = Case(64, 16, 1, 4, ((1, 30), (1, 20), (50, 70), (3, 9)))
     cache = make_cache(runner, rng, case)
     query = make_query(rng, case, cache)
 
-    out = run(runner, case, cache, query, num_decodes=2)
+    out = run(runner, case, cache, query, num_decodes=2, kernels=kernels)
 
     assert is_poison(out[:2]).all()
-    assert out[2:].tobytes() == run(runner, case, cache, query)[2:].tobytes()
+    assert out[2:].tobytes() == run(runner, case, cache, query, kernels=kernels)[2:].tobytes()
 
 
-def test_tokens_of_an_empty_sequence_become_zeros(runner, rng):
+@both_tiers
+def test_tokens_of_an_empty_sequence_become_zeros(runner, rng, kernels):
     case = Case(64, 16, 1, 4, ((5, 30), (40, 0), (3, 9)))
     cache = make_cache(runner, rng, case)
     query = rng.standard_normal((48, case.num_heads, case.head_dim)).astype(case.dtype)
 
-    out = run(runner, case, cache, query)
+    out = run(runner, case, cache, query, kernels=kernels)
 
     assert not out[5:45].any()
     filled = np.r_[0:5, 45:48]
@@ -209,13 +228,14 @@ def without(cache: PagedCache, seq: int) -> PagedCache:
     return cache
 
 
-def test_scores_that_overflow_without_the_maximum(runner, rng):
+@both_tiers
+def test_scores_that_overflow_without_the_maximum(runner, rng, kernels):
     """Scores in the thousands: 2^score is far beyond float32, the softmax isn't."""
     case = Case(64, 16, 1, 4, ((20, 150),))
     cache = make_cache(runner, rng, case)
     query = (40 * make_query(rng, case, cache).astype(np.float32)).astype(case.dtype)
 
-    out = run(runner, case, cache, query)
+    out = run(runner, case, cache, query, kernels=kernels)
 
     expected, bound = reference(case, cache, query)
     assert_close(out, expected, atol=bound)
@@ -266,6 +286,8 @@ def test_refuses_another_head_dim(runner, rng):
 
 
 def test_every_instantiation_is_tried():
-    tried = {paged_prefill_module.kernel_name(case.dtype, case.head_dim) for case in CASES}
-    assert tried == set(paged_prefill_module.instantiations())
+    cases = [param.values for param in CASES_AND_KERNELS]
+    tried = {kernels[case.head_dim](case.dtype, case.head_dim)[:2] for case, kernels in cases}
+    modules = (paged_prefill_module, paged_prefill_sm90_module)
+    assert tried == {pair for module in modules for pair in module.instantiations()}
     assert {case.block_size for case in CASES} == {8, 16, 32, 64}

@@ -58,6 +58,18 @@ void cp_async_16(void* dst, const void* src, bool valid);
 void cp_async_commit_group();
 void cp_async_wait_group(int pending);
 
+unsigned shared_address(const void* p);
+void mbarrier_init(void* barrier, int num_arrivals);
+void mbarrier_arrive(void* barrier);
+void mbarrier_wait(void* barrier, int parity, Site site);
+void fence_proxy_async();
+// a: a descriptor, or registers; b: a descriptor.
+void wgmma_ss(HalfType type, float* d, int n, unsigned long long a, unsigned long long b, bool accumulate, Site site);
+void wgmma_rs(HalfType type, float* d, int n, const unsigned (&a)[4], unsigned long long b, Site site);
+void wgmma_commit_group(Site site);
+void wgmma_wait_group(int pending, Site site);
+void converge(const char* name, Site site);  // all lanes of a warp, which nothing but their meeting is asked of
+
 }  // namespace host
 
 #pragma GCC visibility pop

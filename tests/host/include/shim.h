@@ -289,5 +289,6 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
 #include "cuda_fp16.h"
 #include "cuda_bf16.h"
 #include "ptx_host.h"
+#include "ptx_sm90_host.h"
 
 #endif  // CUPAGED_HOST_SHIM_H

@@ -1,0 +1,192 @@
+// ptx_sm90.cuh: the PTX that kernels for Hopper (sm_90a) use beside that of ptx.cuh. The host build replaces this
+// header, too.
+#ifndef CUPAGED_PTX_SM90_CUH
+#define CUPAGED_PTX_SM90_CUH
+
+#include "ptx.cuh"
+
+// -- barriers in shared memory ------------------------------------------------------------------------------
+//
+// A phase of an mbarrier completes when it has been arrived at as often as it was told at its start; what a thread did
+// before it arrived is then visible to those who wait for that phase. Phases count from 0; parity is phase % 2.
+
+__device__ __forceinline__ void mbarrier_init(unsigned long long* barrier, int num_arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(num_arrivals) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(unsigned long long* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ bool mbarrier_try_wait(unsigned long long* barrier, int parity) {
+  unsigned done;
+  asm volatile(
+      "{.reg .pred done; mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2; selp.b32 %0, 1, 0, done;}\n"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
+__device__ __forceinline__ unsigned long long nanoseconds() {
+  unsigned long long time;
+  asm volatile("mov.u64 %0, %globaltimer;\n" : "=l"(time));
+  return time;
+}
+
+// Wait until the phase of this parity has completed. The phase under way must be that one or the one after it. A wait of
+// 20 seconds ends the launch with an error: an arrival was lost, and a GPU that hangs is worse.
+__device__ __forceinline__ void mbarrier_wait(unsigned long long* barrier, int parity) {
+  if (mbarrier_try_wait(barrier, parity)) return;
+  const unsigned long long start = nanoseconds();
+  while (!mbarrier_try_wait(barrier, parity))
+    if (nanoseconds() - start > 20000000000ull) __trap();
+}
+
+// -- products of a warpgroup --------------------------------------------------------------------------------
+
+// This thread's writes to shared memory, those of its cp.async that it has waited for included, become visible to
+// wgmma once a barrier has told others of them.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
+
+// Registers that were touched by anything but wgmma are ready for the next one.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+
+__device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
+
+// Wait until at most kPending of this warpgroup's latest groups are still under way.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait_group() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
+}
+
+// Descriptors of operands in shared memory, which lie in panels: rows of 64 16-bit elements (128 bytes) one after the
+// other, row r having its 16-byte chunk c at c ^ (r % 8). A panel begins at a multiple of 1024 bytes.
+//
+// wgmma_descriptor: the sums run along the rows; adding 2 to it moves on by 16 columns.
+// wgmma_transposed: the sums run down the rows, and columns from 64 on lie in the next panel, panel_bytes on; adding 128
+// to it moves on by 16 rows.
+__device__ __forceinline__ unsigned long long wgmma_descriptor(const void* panel) {
+  constexpr unsigned long long kSwizzle128 = 1ull << 62, kEightRows = 1024ull / 16 << 32, kUnused = 1ull << 16;
+  return kSwizzle128 | kEightRows | kUnused | (shared_address(panel) & 0x3ffff) / 16;
+}
+
+__device__ __forceinline__ unsigned long long wgmma_transposed(const void* panel, int panel_bytes) {
+  constexpr unsigned long long kSwizzle128 = 1ull << 62, kEightRows = 1024ull / 16 << 32;
+  const unsigned long long next_panel = (unsigned long long)(panel_bytes / 16) << 16;
+  return kSwizzle128 | kEightRows | next_panel | (shared_address(panel) & 0x3ffff) / 16;
+}
+
+// d (+)= a * b: a [64, 16], b [16, kN], d [64, kN] in float32, started by all four warps of a warpgroup; without
+// kAccumulate d is overwritten. Lane l (g = l / 4, t = l % 4) of warp w of the four holds in d[4 * j + i] the sum of
+//   row 16 * w + g + i / 2 * 8, column 8 * j + 2 * t + i % 2.
+// d may not be touched until a wait says that its group is done. The number of sums says which kN is meant.
+//
+// wgmma_ss: both operands by wgmma_descriptor (b as [kN, 16]).
+template <typename T, bool kAccumulate = true>
+__device__ __forceinline__ void wgmma_ss(float (&d)[64], unsigned long long a, unsigned long long b);
+template <typename T, bool kAccumulate = true>
+__device__ __forceinline__ void wgmma_ss(float (&d)[128], unsigned long long a, unsigned long long b);
+
+// wgmma_rs: a in registers, each warp its 16 rows as mma_m16n8k16 has them; they too may not be touched until the wait.
+// b by wgmma_transposed.
+template <typename T>
+__device__ __forceinline__ void wgmma_rs(float (&d)[32], const unsigned (&a)[4], unsigned long long b);
+template <typename T>
+__device__ __forceinline__ void wgmma_rs(float (&d)[64], const unsigned (&a)[4], unsigned long long b);
+
+#define CUPAGED_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define CUPAGED_16(d, i) CUPAGED_4(d, i), CUPAGED_4(d, i + 4), CUPAGED_4(d, i + 8), CUPAGED_4(d, i + 12)
+#define CUPAGED_WGMMA_N128(type) \
+  asm volatile( \
+      "{.reg .pred accumulate; setp.ne.b32 accumulate, %66, 0; " \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
+      "}, %64, %65, accumulate, 1, 1, 0, 0;}\n" \
+      : CUPAGED_16(d, 0), CUPAGED_16(d, 16), CUPAGED_16(d, 32), CUPAGED_16(d, 48) \
+      : "l"(a), "l"(b), "n"(int(kAccumulate)))
+#define CUPAGED_WGMMA_N256(type) \
+  asm volatile( \
+      "{.reg .pred accumulate; setp.ne.b32 accumulate, %130, 0; " \
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127" \
+      "}, %128, %129, accumulate, 1, 1, 0, 0;}\n" \
+      : CUPAGED_16(d, 0), CUPAGED_16(d, 16), CUPAGED_16(d, 32), CUPAGED_16(d, 48), \
+        CUPAGED_16(d, 64), CUPAGED_16(d, 80), CUPAGED_16(d, 96), CUPAGED_16(d, 112) \
+      : "l"(a), "l"(b), "n"(int(kAccumulate)))
+#define CUPAGED_WGMMA_RS_N64(type) \
+  asm volatile( \
+      "{.reg .pred accumulate; setp.eq.b32 accumulate, 0, 0; " \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
+      "}, {%32, %33, %34, %35}, %36, accumulate, 1, 1, 1;}\n" \
+      : CUPAGED_16(d, 0), CUPAGED_16(d, 16) \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define CUPAGED_WGMMA_RS_N128(type) \
+  asm volatile( \
+      "{.reg .pred accumulate; setp.eq.b32 accumulate, 0, 0; " \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
+      "}, {%64, %65, %66, %67}, %68, accumulate, 1, 1, 1;}\n" \
+      : CUPAGED_16(d, 0), CUPAGED_16(d, 16), CUPAGED_16(d, 32), CUPAGED_16(d, 48) \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+template <typename T>
+constexpr bool kIsHalf = false;
+template <>
+constexpr bool kIsHalf<__half> = true;
+
+#define CUPAGED_WGMMA(product) \
+  if constexpr (kIsHalf<T>) product("f16"); else product("bf16")
+template <typename T, bool kAccumulate>
+__device__ __forceinline__ void wgmma_ss(float (&d)[64], unsigned long long a, unsigned long long b) {
+  CUPAGED_WGMMA(CUPAGED_WGMMA_N128);
+}
+template <typename T, bool kAccumulate>
+__device__ __forceinline__ void wgmma_ss(float (&d)[128], unsigned long long a, unsigned long long b) {
+  CUPAGED_WGMMA(CUPAGED_WGMMA_N256);
+}
+template <typename T>
+__device__ __forceinline__ void wgmma_rs(float (&d)[32], const unsigned (&a)[4], unsigned long long b) {
+  CUPAGED_WGMMA(CUPAGED_WGMMA_RS_N64);
+}
+template <typename T>
+__device__ __forceinline__ void wgmma_rs(float (&d)[64], const unsigned (&a)[4], unsigned long long b) {
+  CUPAGED_WGMMA(CUPAGED_WGMMA_RS_N128);
+}
+#undef CUPAGED_WGMMA
+#undef CUPAGED_WGMMA_RS_N128
+#undef CUPAGED_WGMMA_RS_N64
+#undef CUPAGED_WGMMA_N256
+#undef CUPAGED_WGMMA_N128
+#undef CUPAGED_16
+#undef CUPAGED_4
+
+// -- registers ----------------------------------------------------------------------------------------------
+
+// Give registers of this warpgroup's threads back, or wait for such ones and take them: kCount are left to each.
+template <int kCount>
+__device__ __forceinline__ void setmaxnreg_dec() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kCount));
+}
+
+template <int kCount>
+__device__ __forceinline__ void setmaxnreg_inc() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kCount));
+}
+
+#endif  // CUPAGED_PTX_SM90_CUH

@@ -1,0 +1,53 @@
+// ptx_sm90_host.h: cuda_src/ptx_sm90.cuh on the host, the same functions. Its guard keeps the real header out.
+#ifndef CUPAGED_PTX_SM90_CUH
+#define CUPAGED_PTX_SM90_CUH
+
+#include "runtime.h"
+
+inline unsigned shared_address(const void* p) { return host::shared_address(p); }
+
+inline void mbarrier_init(unsigned long long* barrier, int num_arrivals) { host::mbarrier_init(barrier, num_arrivals); }
+inline void mbarrier_arrive(unsigned long long* barrier) { host::mbarrier_arrive(barrier); }
+inline void mbarrier_wait(unsigned long long* barrier, int parity, host::Site site = host::Site::here()) {
+  host::mbarrier_wait(barrier, parity, site);
+}
+
+inline void fence_proxy_async() { host::fence_proxy_async(); }
+inline void wgmma_fence(host::Site site = host::Site::here()) { host::converge("wgmma_fence", site); }
+inline void wgmma_commit_group(host::Site site = host::Site::here()) { host::wgmma_commit_group(site); }
+template <int kPending>
+inline void wgmma_wait_group(host::Site site = host::Site::here()) {
+  host::wgmma_wait_group(kPending, site);
+}
+
+inline unsigned long long wgmma_transposed(const void* panel, int panel_bytes) {
+  return 1ull << 62 | 1024ull / 16 << 32 | (unsigned long long)(panel_bytes / 16) << 16 |
+         (shared_address(panel) & 0x3ffff) / 16;
+}
+inline unsigned long long wgmma_descriptor(const void* panel) { return wgmma_transposed(panel, 16); }
+
+template <typename T>
+constexpr host::HalfType kHalfType{};
+template <>
+constexpr host::HalfType kHalfType<__half> = host::HalfType::kHalf;
+template <>
+constexpr host::HalfType kHalfType<__nv_bfloat16> = host::HalfType::kBFloat16;
+
+// The operands are read, and the sums written, when a wait asks for it and no earlier; until then d holds NaNs.
+template <typename T, bool kAccumulate = true, int kSums>
+inline void wgmma_ss(float (&d)[kSums], unsigned long long a, unsigned long long b,
+                     host::Site site = host::Site::here()) {
+  host::wgmma_ss(kHalfType<T>, d, 2 * kSums, a, b, kAccumulate, site);
+}
+template <typename T, int kSums>
+inline void wgmma_rs(float (&d)[kSums], const unsigned (&a)[4], unsigned long long b,
+                     host::Site site = host::Site::here()) {
+  host::wgmma_rs(kHalfType<T>, d, 2 * kSums, a, b, site);
+}
+
+template <int kCount>
+inline void setmaxnreg_dec() {}
+template <int kCount>
+inline void setmaxnreg_inc() {}
+
+#endif  // CUPAGED_PTX_SM90_CUH
