@@ -232,9 +232,9 @@ MUTATIONS = (
         PREFILL,
     ),
     Mutation(
-        HOPPER, "paged_prefill_sm90.cu", "keys are given back before they have been multiplied",
-        "        wgmma_wait_group<1>();  // the scores\n        release(2 * tile + 2);",
-        "        release(2 * tile + 2);\n        wgmma_wait_group<1>();  // the scores",
+        HOPPER, "paged_prefill_sm90.cu", "values are given back before they have been multiplied",
+        "        wgmma_wait_group<0>();  // the values\n        release(2 * tile + 1);",
+        "        release(2 * tile + 1);\n        wgmma_wait_group<0>();  // the values",
         PREFILL,
     ),
     Mutation(
@@ -250,7 +250,7 @@ MUTATIONS = (
         PREFILL,
     ),
     Mutation(
-        HOPPER, "paged_prefill_sm90.cu", "a warpgroup that sees nothing of the last tiles leaves without giving them back",
+        HOPPER, "paged_prefill_sm90.cu", "a warpgroup that sees nothing of the last tiles doesn't give them back",
         "    skip(max(seen_begin, seen_end), num_tiles);\n",
         "",
         PREFILL,

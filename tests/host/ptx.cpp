@@ -143,7 +143,7 @@ void mbarrier_init(void* barrier, int num_arrivals) {
   memcpy(barrier, &value, sizeof value);
 }
 
-// Half of the times the others run first, so that what follows an arrival can come late.
+// Half of the times all others run first for as long as they can: what follows an arrival may come late.
 void mbarrier_arrive(void* barrier) {
   ENTER();
   access(barrier, sizeof(Mbarrier), Access::kRead);
@@ -154,9 +154,7 @@ void mbarrier_arrive(void* barrier) {
     value.phase = value.phase + 1;
   }
   memcpy(barrier, &value, sizeof value);
-  if (!coin()) return;
-  current->barrier = nullptr;
-  wait_for_others(State::kAtMbarrier);
+  if (coin()) wait_for_others(State::kDelayed);
 }
 
 void mbarrier_wait(void* barrier, int parity, Site site) {

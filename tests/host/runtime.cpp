@@ -248,17 +248,27 @@ bool complete_barrier() {
   return true;
 }
 
-// Lets those go on whose mbarrier has completed the phase; whether there are any.
-bool complete_mbarriers() {
+// Lets those threads go on that wait in this state, and whose wait is over; whether there are any.
+template <typename IsOver>
+bool resume(State state, IsOver is_over) {
   bool any = false;
   for (int i = 0; i < num_threads && uses_mbarriers; ++i) {
     Thread& thread = *threads[i];
-    if (thread.state != State::kAtMbarrier || (thread.barrier && !mbarrier_is_past(thread.barrier, thread.parity)))
-      continue;
+    if (thread.state != state || !is_over(thread)) continue;
     thread.state = State::kRunnable;
     any = true;
   }
   return any;
+}
+
+bool complete_mbarriers() {
+  return resume(State::kAtMbarrier, [](const Thread& thread) {
+    return mbarrier_is_past(thread.barrier, thread.parity);
+  });
+}
+
+bool resume_delayed() {
+  return resume(State::kDelayed, [](const Thread&) { return true; });
 }
 
 void run_block() {
@@ -288,7 +298,7 @@ void run_block() {
       skipped |= skip;
       if (!failed && !skip) run_warp(int(warp));
     }
-  } while (!failed && (complete_barrier() || complete_mbarriers() || skipped));
+  } while (!failed && (complete_barrier() || complete_mbarriers() || skipped || resume_delayed()));
   for (int i = 0; i < num_threads; ++i)
     for (const Copy& copy : threads[i]->copies) drop_copy(copy.dst);
   if (failed) return;

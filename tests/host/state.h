@@ -59,7 +59,8 @@ struct Accumulator {
   std::vector<float> values;
 };
 
-enum class State { kRunnable, kAtBlockBarrier, kAtWarpCollective, kAtMbarrier, kExited };
+// kDelayed: until the others can't go on without it
+enum class State { kRunnable, kAtBlockBarrier, kAtWarpCollective, kAtMbarrier, kDelayed, kExited };
 
 struct Thread {
   void* stack_pointer;

@@ -497,14 +497,14 @@ def test_the_tier_is_asked_for(monkeypatch):
         monkeypatch.delenv("CUPAGED_TIER", raising=False)
         assert not use_sm90()
         monkeypatch.setenv("CUPAGED_TIER", "sm90")
-        with pytest.raises(ValueError, match="^CUPAGED_TIER=sm90 needs a Hopper GPU"):
+        with pytest.raises(ValueError, match=r"^CUPAGED_TIER=sm90 needs a Hopper GPU"):
             use_sm90()
         set_device_info(H100)
         assert use_sm90()
         monkeypatch.setenv("CUPAGED_TIER", "portable")
         assert not use_sm90()
         monkeypatch.setenv("CUPAGED_TIER", "hopper")
-        with pytest.raises(ValueError, match="^CUPAGED_TIER: expected portable or sm90, got 'hopper'"):
+        with pytest.raises(ValueError, match=r"^CUPAGED_TIER: expected portable or sm90, got 'hopper'"):
             use_sm90()
     finally:
         set_device_info(None)
