@@ -50,12 +50,14 @@ def compile_kernels(archs, model, dtype, head_dim, out) -> None:
         require(head_dim in HEAD_DIMS, "head_dim", head_dim, f"one of {', '.join(map(str, HEAD_DIMS))}")
     dtypes = [half_type for half_type in HALF_TYPES if dtype in (None, str(half_type))]
     head_dims = HEAD_DIMS if head_dim is None else [head_dim]
-    kernels = dict.fromkeys(pair for half in dtypes for size in head_dims for pair in needed_kernels(half, size))
+    kernels = dict.fromkeys(
+        pair for half in dtypes for size in head_dims for pair in needed_kernels(half, size, sm90=True)
+    )
 
     folder = out or PACKAGE_FOLDER
-    prebuild_kernels(list(kernels), archs, folder, _show_progress if sys.stderr.isatty() else None)
+    count = prebuild_kernels(list(kernels), archs, folder, _show_progress if sys.stderr.isatty() else None)
     hint = "" if folder == PACKAGE_FOLDER else f"; set CUPAGED_KERNELS={folder.resolve()} where they are to be used"
-    click.echo(f"{len(kernels)} kernels for {', '.join(archs)} in {folder}{hint}")
+    click.echo(f"{count} kernels for {', '.join(archs)} in {folder}{hint}")
 
 
 def _show_progress(count: int, total: int) -> None:

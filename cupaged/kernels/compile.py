@@ -32,6 +32,7 @@ from cupaged.kernels.device import compiled_archs, device_info
 from cupaged.kernels.kernel_cache import KernelCache, KernelFolder
 from cupaged.kernels.nvrtc import load_nvrtc
 from cupaged.kernels.prebuilt import find_prebuilt
+from cupaged.kernels.tier import runs_on
 
 SOURCE_DIR = Path(cupaged.cuda_src.__file__).resolve().parent
 
@@ -132,8 +133,9 @@ def prebuild_kernels(
     archs: Sequence[str],
     folder: Path,
     progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Compile each (file, name) for each architecture into a folder for `prebuilt`, in parallel, without a GPU.
+) -> int:
+    """Compile each (file, name) for each architecture that it is written for into a folder for `prebuilt`, in parallel,
+    without a GPU. Returns how many images that makes.
 
     What is there already stays. progress: gets how many there are so far, and how many there will be. Raises ValueError
     for an architecture that NVRTC doesn't know, CupagedError when the folder can't be written or a kernel doesn't
@@ -141,7 +143,12 @@ def prebuild_kernels(
     """
     for arch in archs:
         require(arch in compiled_archs(), "arch", arch, f"one of {', '.join(compiled_archs())}")
-    todo = [(KernelFolder(folder / arch), file, name, arch) for arch in archs for file, name in kernels]
+    todo = [
+        (KernelFolder(folder / arch), file, name, arch)
+        for arch in archs
+        for file, name in kernels
+        if runs_on(file, arch)
+    ]
 
     def build(target: KernelFolder, file: str, name: str, arch: str) -> None:
         key = kernel_key(file, name, arch)
@@ -158,6 +165,7 @@ def prebuild_kernels(
                     progress(count, len(todo))
     except OSError as error:
         raise CupagedError(f"{folder}: can't be written: {error.strerror}") from None
+    return len(todo)
 
 
 def compile_program(file: str, names: Sequence[str], arch: str) -> tuple[bytes, dict[str, str]]:

@@ -11,6 +11,9 @@ from cupaged.kernels import prebuilt
 from cupaged.kernels.checks import BFLOAT16, FLOAT16, HALF_TYPES, HEAD_DIMS
 from cupaged.kernels.registry import instantiations
 
+EMBEDDING = next(name for file, name in instantiations() if file == "embedding.cu")
+HOPPERS_OWN = next(pair for pair in instantiations() if pair[0] == "paged_prefill_sm90.cu")  # not for sm_80
+
 
 @pytest.fixture(autouse=True)
 def own_package_folder(tmp_path, monkeypatch):
@@ -22,14 +25,17 @@ def own_package_folder(tmp_path, monkeypatch):
 def asked(monkeypatch):
     """(kernels, architectures, folder) that would be compiled."""
     calls = []
-    monkeypatch.setattr(
-        compiler, "prebuild_kernels", lambda kernels, archs, folder, progress: calls.append((kernels, archs, folder))
-    )
+
+    def prebuild_kernels(kernels, archs, folder, progress):
+        calls.append((kernels, archs, folder))
+        return 17
+
+    monkeypatch.setattr(compiler, "prebuild_kernels", prebuild_kernels)
     return calls
 
 
 def all_needed(dtypes, head_dims):
-    return {pair for dtype in dtypes for head_dim in head_dims for pair in needed_kernels(dtype, head_dim)}
+    return {pair for dtype in dtypes for head_dim in head_dims for pair in needed_kernels(dtype, head_dim, sm90=True)}
 
 
 @pytest.mark.parametrize(
@@ -48,7 +54,7 @@ def test_options_limit_what_is_compiled(cupaged, asked, tmp_path, options, dtype
     assert set(kernels) == all_needed(dtypes, head_dims) <= set(instantiations())
     assert archs == ("sm_80", "sm_90a")
     assert folder == tmp_path / "package"
-    assert run.out == f"{len(kernels)} kernels for sm_80, sm_90a in {folder}\n"
+    assert run.out == f"17 kernels for sm_80, sm_90a in {folder}\n"
     assert (run.code, run.err) == (0, "")
 
 
@@ -63,7 +69,7 @@ def test_a_model_says_what_it_needs_and_options_go_before_it(cupaged, asked, tin
 
 @pytest.mark.parametrize("by_variable", [True, False])
 def test_kernels_go_where_they_are_found(cupaged, monkeypatch, tmp_path, by_variable):
-    monkeypatch.setattr(cuda, "needed_kernels", lambda dtype, head_dim: [("embedding.cu", "embedding<__half, 128>")])
+    monkeypatch.setattr(cuda, "needed_kernels", lambda *_, **__: [("embedding.cu", EMBEDDING), HOPPERS_OWN])
     folder = tmp_path / "out"
     if by_variable:
         monkeypatch.setenv("CUPAGED_KERNELS", str(folder))
@@ -71,7 +77,7 @@ def test_kernels_go_where_they_are_found(cupaged, monkeypatch, tmp_path, by_vari
     assert run.out == f"1 kernels for sm_80 in {folder}; set CUPAGED_KERNELS={folder} where they are to be used\n"
     assert (run.code, run.err) == (0, "")
     monkeypatch.setenv("CUPAGED_KERNELS", str(folder))
-    path, _ = compiler.compile_kernel("embedding.cu", "embedding<__half, 128>", "sm_80")
+    path, _ = compiler.compile_kernel("embedding.cu", EMBEDDING, "sm_80")
     assert path.parent == folder / "sm_80"
 
 
