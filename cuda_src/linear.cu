@@ -1,4 +1,6 @@
-// linear.cu: out[i, j] = sum_c x[i, c] * weight[j, c] + bias[j], or out[i, j] += that, on tensor cores, for any m
+// linear.cu: y[i, j] = sum_c x[i, c] * weight[j, c] + bias[j], on tensor cores, for any number of rows
+//
+//   out = y,   out += y   or   out[i, j] = silu(y[i, 2j]) * y[i, 2j + 1]
 //
 // Tiling:   a thread block computes kTileM tokens x kTileN outputs, its warps a grid of kWarpsM x kWarpsN equal parts.
 //           k is walked in steps of 64 elements (128 bytes a row) through a ring of kStages stages in shared memory,
@@ -7,12 +9,13 @@
 // Layout:   a stage holds rows of 8 chunks of 16 bytes; chunk c of row r lies at c ^ (r % 8), which makes the copies
 //           and ldmatrix free of bank conflicts.
 // Numerics: every element is one chain of m16n8k16 products in float32, in the order of k, then the bias, then
-//           what is added to, then one rounding at the store. Its value depends on its row of x, its row of weight, its
-//           bias and what is added to alone: not on m, n, the tile, or its place in it.
+//           what is added to; silu in float32, of such sums; one rounding, at the store. The value depends on its row
+//           of x, its rows of weight, its bias and what is added to alone: not on m, n, the tile, or its place in it.
 // Bound:    flops from some hundred rows on, at 2*m*n*k; bytes of weight below. Between the two a tile is bound by what
 //           it draws from L2, (kTileM + kTileN) * 2 bytes for kTileM * kTileN products, which is why large tiles win.
 //           Not yet measured.
 #include "common.cuh"
+#include "linear_epilogue.cuh"
 #include "ptx.cuh"
 
 constexpr int kTileK = 64;                  // elements of k in a stage: 128 bytes, so that a row meets every bank once
@@ -25,7 +28,7 @@ struct alignas(8) Pair {  // neighbours in a row, as an mma leaves them: one 8-b
   float first, second;
 };
 
-// The number of floats in a row of the epilogue's tile. The 8 extra ones keep the warps' writes free of conflicts.
+// The number of floats in a row of the epilogue's tile. The 8 extra ones keep the warps' pairs free of conflicts.
 template <int kTileN>
 constexpr int kStagedRow = kTileN + 8;
 
@@ -63,6 +66,47 @@ struct TileCopier {
   }
 };
 
+// Adds bias and, if asked for, what out holds to the tile's results [kTileM, kColumns], which lie kStride floats apart in
+// shared memory, and stores them. The first is that of row first_row and column first_column of out.
+template <int kTileM, int kColumns, int kStride, int kThreads, typename out_t, typename scalar_t>
+__device__ __forceinline__ void store_tile(out_t* out,             // [num_rows, num_columns]
+                                           const float* staged,
+                                           const scalar_t* bias,  // [num_columns], or null
+                                           int first_row, int num_rows, int first_column, int num_columns,
+                                           bool accumulate) {
+  constexpr int kVec = Vec<out_t>::kSize;
+  const bool whole_vectors = num_columns % kVec == 0;  // else rows of out don't start at multiples of 16 bytes
+  for (int i = threadIdx.x; i < kTileM * kColumns / kVec; i += kThreads) {
+    const int row = i / (kColumns / kVec);
+    const int column = i % (kColumns / kVec) * kVec;
+    const int count = first_row + row < num_rows ? min(kVec, num_columns - first_column - column) : 0;
+    const float* results = staged + row * kStride + column;
+    out_t* place = out + (long long)(first_row + row) * num_columns + first_column + column;
+    Vec<out_t> result = {};  // first what is added to
+    if (accumulate && whole_vectors && count == kVec) {
+      result = load_vec(place);
+    } else if (accumulate) {
+#pragma unroll
+      for (int e = 0; e < kVec; ++e)
+        if (e < count) result.data[e] = place[e];
+    }
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) {
+      float value = results[e];
+      if (bias != nullptr && e < count) value += to_float(bias[first_column + column + e]);
+      if (accumulate) value += to_float(result.data[e]);
+      result.data[e] = from_float<out_t>(value);
+    }
+    if (whole_vectors && count == kVec) {
+      store_vec(place, result);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kVec; ++e)
+        if (e < count) place[e] = result.data[e];
+    }
+  }
+}
+
 // Grid: one thread block a tile, ceil(m / kTileM) * ceil(n / kTileN) in one dimension.
 // PRECOND: k % 8 == 0, and x, weight and out start at multiples of 16 bytes.
 template <typename scalar_t,  // storage type of x, weight and bias
@@ -73,12 +117,12 @@ template <typename scalar_t,  // storage type of x, weight and bias
           int kWarpsN,        // warps that share the outputs
           int kStages>        // stages in the ring; kStages - 1 are on their way at any time
 __global__ void __launch_bounds__(kWarpsM * kWarpsN * kWarpSize)
-linear(out_t* __restrict__ out,              // [m, n]
+linear(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [m, n / 2]
        const scalar_t* __restrict__ x,       // [m, k]
        const scalar_t* __restrict__ weight,  // [n, k]
-       const scalar_t* __restrict__ bias,    // [n], or null
+       const scalar_t* __restrict__ bias,    // [n], or null; null with kSiluAndMul
        int m, int n, int k,
-       int accumulate) {  // 1: out, which is float, is added to
+       int epilogue) {  // an Epilogue
   constexpr int kThreads = kWarpsM * kWarpsN * kWarpSize;
   constexpr int kWarpM = kTileM / kWarpsM;  // tokens of a warp
   constexpr int kWarpN = kTileN / kWarpsN;  // outputs of a warp
@@ -165,51 +209,30 @@ linear(out_t* __restrict__ out,              // [m, n]
     }
   }
 
-  // The sums go through shared memory, so that rows are stored 16 bytes a thread.
+  // The results go through shared memory, so that rows are stored 16 bytes a thread.
   __syncthreads();  // every warp has read its last fragments; no copy is under way, all of them were waited for
   float* staged = reinterpret_cast<float*>(shared);  // [kTileM, kTileN], kStagedRow floats apart
+  const bool gated = gates<out_t>(epilogue);
 #pragma unroll
   for (int i = 0; i < kBlocksM; ++i)
 #pragma unroll
     for (int j = 0; j < kBlocksN; ++j)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = warp_m + i * 16 + half * 8 + lane / 4;
         const int column = warp_n + j * 8 + lane % 4 * 2;
-        *reinterpret_cast<Pair*>(staged + row * kStagedRow<kTileN> + column) = {sum[i][j][half * 2],
-                                                                               sum[i][j][half * 2 + 1]};
+        float* row = staged + (warp_m + i * 16 + half * 8 + lane / 4) * kStagedRow<kTileN>;
+        const Pair pair = {sum[i][j][half * 2], sum[i][j][half * 2 + 1]};
+        if (gated)
+          row[column / 2] = silu_and_mul(pair.first, pair.second);
+        else
+          *reinterpret_cast<Pair*>(row + column) = pair;
       }
   __syncthreads();
 
-  constexpr int kVec = Vec<out_t>::kSize;
-  const bool whole_vectors = n % kVec == 0;  // else rows of out don't start at multiples of 16 bytes
-  for (int i = threadIdx.x; i < kTileM * kTileN / kVec; i += kThreads) {
-    const int row = i / (kTileN / kVec);
-    const int column = i % (kTileN / kVec) * kVec;
-    const int count = first_token + row < m ? min(kVec, n - first_output - column) : 0;
-    const float* sums = staged + row * kStagedRow<kTileN> + column;
-    out_t* place = out + (long long)(first_token + row) * n + first_output + column;
-    Vec<out_t> result = {};  // first what is added to
-    if (accumulate && whole_vectors && count == kVec) {
-      result = load_vec(place);
-    } else if (accumulate) {
-#pragma unroll
-      for (int e = 0; e < kVec; ++e)
-        if (e < count) result.data[e] = place[e];
-    }
-#pragma unroll
-    for (int e = 0; e < kVec; ++e) {
-      float value = sums[e];
-      if (bias != nullptr && e < count) value += to_float(bias[first_output + column + e]);
-      if (accumulate) value += to_float(result.data[e]);
-      result.data[e] = from_float<out_t>(value);
-    }
-    if (whole_vectors && count == kVec) {
-      store_vec(place, result);
-    } else {
-#pragma unroll
-      for (int e = 0; e < kVec; ++e)
-        if (e < count) place[e] = result.data[e];
-    }
-  }
+  if (gated)
+    store_tile<kTileM, kTileN / 2, kStagedRow<kTileN>, kThreads>(out, staged, bias, first_token, m, first_output / 2,
+                                                                 n / 2, false);
+  else
+    store_tile<kTileM, kTileN, kStagedRow<kTileN>, kThreads>(out, staged, bias, first_token, m, first_output, n,
+                                                             accumulates<out_t>(epilogue));
 }

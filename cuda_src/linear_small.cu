@@ -1,5 +1,6 @@
-// linear_small.cu: out[i, j] = sum_c x[i, c] * weight[j, c] + bias[j], or out[i, j] += that, for m <= 16, where
-// streaming weight is the work
+// linear_small.cu: y[i, j] = sum_c x[i, c] * weight[j, c] + bias[j] for m <= 16, where streaming weight is the work
+//
+//   out = y,   out += y   or   out[i, j] = silu(y[i, 2j]) * y[i, 2j + 1]
 //
 // Tiling:   weight is the wide operand of the tensor core: an mma takes 16 rows of weight by 8 tokens, so tokens are
 //           padded to 8 or 16 and no further. A thread block computes 16 * kRowTiles outputs for all tokens; its 8
@@ -10,14 +11,16 @@
 //           each 32 for every row, of x and of weight alike, and the mma is told that those are its columns 2t, 2t+1,
 //           2t+8, 2t+9, twice.
 // Numerics: products summed in float32 along each warp's chunks in the order of k, then the 8 sums in the order of the
-//           warps, then the bias, then what is added to; one rounding, at the store. An element's value depends on its
-//           row of x, its row of weight, its bias, what is added to and on k alone: not on m, n, kRowTiles or kStages.
+//           warps, then the bias, then what is added to; silu in float32, of such sums; one rounding, at the store. An
+//           element's value depends on its row of x, its rows of weight, its bias, what is added to and on k alone: not
+//           on m, n, kRowTiles or kStages.
 // Bound:    n * k * 2 bytes of weight from DRAM. A thread block has 64 KB of them on their way (48 KB with two token
 //           tiles and one row tile). At 3.1 TB/s and some 0.7 us of latency about 2.2 MB must be on their way: 36
 //           thread blocks (n = 576) should do, so k is not split over thread blocks. x comes from L2 for each
 //           16 * kRowTiles outputs anew: half the bytes of weight again for 16 tokens and two row tiles.
 //           Not yet measured.
 #include "common.cuh"
+#include "linear_epilogue.cuh"
 #include "ptx.cuh"
 
 constexpr int kWarps = 8;   // they share k: another number is another order of summation
@@ -32,12 +35,12 @@ template <typename scalar_t,  // storage type of x, weight and bias
           int kTokenTiles,    // mma tiles of 8 tokens
           int kStages>        // chunks that a warp has on their way
 __global__ void __launch_bounds__(kWarps * kWarpSize)
-linear_small(out_t* __restrict__ out,              // [m, n]
+linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [m, n / 2]
              const scalar_t* __restrict__ x,       // [m, k]
              const scalar_t* __restrict__ weight,  // [n, k]
-             const scalar_t* __restrict__ bias,    // [n], or null
+             const scalar_t* __restrict__ bias,    // [n], or null; null with kSiluAndMul
              int m, int n, int k,
-             int accumulate) {  // 1: out, which is float, is added to
+             int epilogue) {  // an Epilogue
   constexpr int kRows = 16 * kRowTiles;
   constexpr int kTokens = 8 * kTokenTiles;
   constexpr int kPieces = kChunk / kPiece;
@@ -128,16 +131,30 @@ linear_small(out_t* __restrict__ out,              // [m, n]
 
   const float* block_sums = reinterpret_cast<const float*>(shared);
   constexpr int kWarpStride = kRingVecs * sizeof(Vec<scalar_t>) / sizeof(float);
+  auto total = [&](int out_token, int out_row) {
+    float value = 0.f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) value += block_sums[w * kWarpStride + out_token * kSumRow + out_row];
+    return value;
+  };
+  if (gates<out_t>(epilogue)) {
+    for (int i = threadIdx.x; i < kTokens * kRows / 2; i += kWarps * kWarpSize) {
+      const int out_token = i / (kRows / 2);
+      const int gate = i % (kRows / 2) * 2;
+      if (out_token >= m || first_row + gate >= n) continue;
+      out[(long long)out_token * (n / 2) + (first_row + gate) / 2] =
+          from_float<out_t>(silu_and_mul(total(out_token, gate), total(out_token, gate + 1)));
+    }
+    return;
+  }
   for (int i = threadIdx.x; i < kTokens * kRows; i += kWarps * kWarpSize) {
     const int out_token = i / kRows;
     const int out_row = first_row + i % kRows;
     if (out_token >= m || out_row >= n) continue;
-    float total = 0.f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) total += block_sums[w * kWarpStride + out_token * kSumRow + i % kRows];
-    if (bias != nullptr) total += to_float(bias[out_row]);
+    float value = total(out_token, i % kRows);
+    if (bias != nullptr) value += to_float(bias[out_row]);
     out_t* place = out + (long long)out_token * n + out_row;
-    if (accumulate) total += to_float(*place);
-    *place = from_float<out_t>(total);
+    if (accumulates<out_t>(epilogue)) value += to_float(*place);
+    *place = from_float<out_t>(value);
   }
 }

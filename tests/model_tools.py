@@ -51,8 +51,8 @@ class RoundingBackend(ReferenceBackend):
         super().paged_attention(out, *args)
         self._round(out)
 
-    def silu_and_mul(self, out, gate_up):
-        super().silu_and_mul(out, gate_up)
+    def linear_silu_and_mul(self, out, x, weight):
+        super().linear_silu_and_mul(out, x, weight)  # its linear is the one above
         self._round(out)
 
 

@@ -83,6 +83,16 @@ def load_weights(tensors: Mapping[str, Tensor], config: ModelConfig, backend: Ba
             start += part.shape[0]
         return packed
 
+    def interleave(*names: str) -> Array:
+        """The tensors' first rows, then their second ones, and so on."""
+        parts = [tensors[name] for name in names]
+        rows, columns = parts[0].shape
+        packed = backend.empty((len(parts) * rows, columns), backend.dtype)
+        for chunk in row_chunks((rows, len(parts) * columns)):
+            together = np.stack([part[chunk] for part in parts], axis=1)
+            backend.copy_in(packed[len(parts) * chunk.start : len(parts) * chunk.stop], together.reshape(-1, columns))
+        return packed
+
     def layer(i: int) -> LayerWeights:
         at = f"model.layers.{i}."
         qkv = [f"{at}self_attn.{name}_proj" for name in "qkv"]
@@ -91,7 +101,7 @@ def load_weights(tensors: Mapping[str, Tensor], config: ModelConfig, backend: Ba
             qkv=pack(*(name + ".weight" for name in qkv)),
             o=pack(at + "self_attn.o_proj.weight"),
             post_attention_norm=pack(at + "post_attention_layernorm.weight"),
-            gate_up=pack(at + "mlp.gate_proj.weight", at + "mlp.up_proj.weight"),
+            gate_up=interleave(at + "mlp.gate_proj.weight", at + "mlp.up_proj.weight"),
             down=pack(at + "mlp.down_proj.weight"),
             qkv_bias=pack(*(name + ".bias" for name in qkv)) if config.qkv_bias else None,
             q_norm=pack(at + "self_attn.q_norm.weight") if config.qk_norm else None,

@@ -112,6 +112,13 @@ class Backend(Protocol):
         x [m, k], weight [n, k] and bias [n] dtype, out [m, n] dtype or float32, float32 to accumulate.
         """
 
+    def linear_silu_and_mul(self, out: Array, x: Array, weight: Array) -> None:
+        """out = silu(x @ gate^T) * (x @ up^T), where silu(g) = g / (1 + exp(-g)). Rounds once.
+
+        x [m, k], out [m, intermediate] and weight [2 * intermediate, k] dtype; rows 2i and 2i + 1 of weight are rows i
+        of gate and up.
+        """
+
     def rope_and_store_kv(
         self,
         qkv: Array,
@@ -152,9 +159,6 @@ class Backend(Protocol):
         position p attends to positions max(0, p - window + 1) .. p, all of 0 .. p when window is 0. Query head h
         reads key-value head h // (num_heads // num_kv_heads). Rows of sequences with seq_len 0 become zeros.
         """
-
-    def silu_and_mul(self, out: Array, gate_up: Array) -> None:
-        """out = silu(gate) * up for gate_up [n, 2 * intermediate], the gate half first; out [n, intermediate]."""
 
     # -- sampling ------------------------------------------------------------------------------------------
     #

@@ -17,14 +17,13 @@ from cupaged.config import BLOCK_SIZES, ModelConfig
 from cupaged.engine.batch import Batch
 from cupaged.errors import DeviceError, OutOfMemoryError
 from cupaged.kernels import registry
-from cupaged.kernels.activation import silu_and_mul
 from cupaged.kernels.checks import C_TYPE, HALF_TYPES, ceil_div, check, check_that
 from cupaged.kernels.compile import load_kernels
 from cupaged.kernels.copy_blocks import copy_blocks
 from cupaged.kernels.device import device_info
 from cupaged.kernels.embedding import embedding
-from cupaged.kernels.linear import linear
-from cupaged.kernels.linear_small import MAX_ROWS, linear_small
+from cupaged.kernels.linear import linear, linear_silu_and_mul
+from cupaged.kernels.linear_small import MAX_ROWS, linear_small, linear_small_silu_and_mul
 from cupaged.kernels.logits import edit_logits, keep_allowed
 from cupaged.kernels.logprobs import logprobs
 from cupaged.kernels.paged_decode import decode_workspace_size, paged_decode
@@ -330,12 +329,14 @@ class CudaBackend:
     embedding = staticmethod(embedding)
     rms_norm = staticmethod(rms_norm)
     rope_and_store_kv = staticmethod(rope_and_store_kv)
-    silu_and_mul = staticmethod(silu_and_mul)
 
     def linear(
         self, out: Array, x: Array, weight: Array, bias: Array | None = None, *, accumulate: bool = False
     ) -> None:
         (linear_small if x.shape[0] <= MAX_ROWS else linear)(out, x, weight, bias, accumulate=accumulate)
+
+    def linear_silu_and_mul(self, out: Array, x: Array, weight: Array) -> None:
+        (linear_small_silu_and_mul if x.shape[0] <= MAX_ROWS else linear_silu_and_mul)(out, x, weight)
 
     def paged_attention(
         self,

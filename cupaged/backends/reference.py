@@ -116,6 +116,17 @@ class ReferenceBackend:
         if accumulate:
             out += products
 
+    @np.errstate(over="ignore")  # exp(-gate) = inf is silu = 0
+    def linear_silu_and_mul(self, out, x, weight) -> None:
+        gate_up = np.empty((x.shape[0], weight.shape[0]), self.dtype)
+        self.linear(gate_up, x, weight)
+        gate, up = gate_up[:, 0::2], gate_up[:, 1::2]
+        np.negative(gate, out=out)
+        np.exp(out, out=out)
+        out += 1
+        np.divide(gate, out, out=out)
+        out *= up
+
     def rope_and_store_kv(
         self, qkv, arena: KVArena, layer: int, positions, slot_mapping, cos_sin, num_heads: int,
         q_norm=None, k_norm=None, eps: float = 0.0,
@@ -165,15 +176,6 @@ class ReferenceBackend:
                 seen = slice(begin - span.first_key, end - span.first_key)
                 hidden_to_first = position - window - begin if window else None
                 _attend(out[first:last], q[first:last] * sm_scale, keys[:, seen], values[:, seen], hidden_to_first)
-
-    @np.errstate(over="ignore")  # exp(-gate) = inf is silu = 0
-    def silu_and_mul(self, out, gate_up) -> None:
-        gate, up = gate_up[:, : out.shape[1]], gate_up[:, out.shape[1] :]
-        np.negative(gate, out=out)
-        np.exp(out, out=out)
-        out += 1
-        np.divide(gate, out, out=out)
-        out *= up
 
     # -- sampling ------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from cupaged.memory.budget import format_bytes
 from cupaged.models.rope import cos_sin_table
 
 FAMILIES = (
-    "linear", "paged_decode", "paged_prefill", "rope", "rms_norm", "activation", "embedding", "sampler", "logprobs",
+    "linear", "paged_decode", "paged_prefill", "rope", "rms_norm", "embedding", "sampler", "logprobs",
     "logits", "copy_blocks",
 )  # fmt: skip
 
@@ -100,7 +101,6 @@ class KernelCases:
         for family, make in (
             ("rope", self._rope),
             ("rms_norm", self._rms_norm),
-            ("activation", self._activation),
             ("embedding", self._embedding),
         ):
             for m in self.rows:
@@ -119,15 +119,25 @@ class KernelCases:
     # -- cases -------------------------------------------------------------------------------------------------
 
     def _linear(self, name: str, m: int, n: int, k: int) -> Case:
-        """As in the decoder: o and down add to the residual, which is float32, as the logits are."""
+        """As in the decoder: o and down add to the residual, which is float32, as the logits are; gate_up ends with the
+        activation, which leaves half as many columns."""
         item, accumulate = self.backend.dtype.itemsize, name in ("o", "down")
         out_dtype = np.dtype(np.float32) if accumulate or name == "lm_head" else self.backend.dtype
+        out_shape = (m, n // 2) if name == "gate_up" else (m, n)
         weights = self._sets((n, k))
-        x, out = self._array((m, k)), random_array(self.backend, (m, n), out_dtype)
-        out_bytes = out_dtype.itemsize * m * n
+        x, out = self._array((m, k)), random_array(self.backend, out_shape, out_dtype)
+        out_bytes = out_dtype.itemsize * math.prod(out_shape)
+
+        def launch(i: int) -> None:
+            weight = weights[i % len(weights)]
+            if name == "gate_up":
+                self.backend.linear_silu_and_mul(out, x, weight)
+            else:
+                self.backend.linear(out, x, weight, accumulate=accumulate)
+
         return Case(
             f"{name} {n}x{k}, {m} rows",
-            lambda i: self.backend.linear(out, x, weights[i % len(weights)], accumulate=accumulate),
+            launch,
             len(weights),
             bytes_read=item * (n * k + m * k) + (out_bytes if accumulate else 0),
             bytes_written=out_bytes,
@@ -189,18 +199,6 @@ class KernelCases:
             len(xs),
             bytes_read=4 * m * hidden + item * hidden,
             bytes_written=item * m * hidden,
-        )
-
-    def _activation(self, m: int) -> Case:
-        size, item = self.model.intermediate_size, self.backend.dtype.itemsize
-        gate_ups = self._sets((m, 2 * size))
-        out = self.backend.empty((m, size), self.backend.dtype)
-        return Case(
-            f"{m} rows",
-            lambda i: self.backend.silu_and_mul(out, gate_ups[i % len(gate_ups)]),
-            len(gate_ups),
-            bytes_read=item * m * 2 * size,
-            bytes_written=item * m * size,
         )
 
     def _embedding(self, m: int) -> Case:

@@ -52,7 +52,6 @@ class Decoder:
         self._x = tokens_by(config.hidden_size)  # its norm, which they read
         self._qkv = tokens_by(config.qkv_size)
         self._attended = tokens_by(config.num_heads * config.head_dim)
-        self._gate_up = tokens_by(2 * config.intermediate_size)
         self._activated = tokens_by(config.intermediate_size)
 
         self._last_residual = logit_rows_by(config.hidden_size)
@@ -109,10 +108,8 @@ class Decoder:
 
     def _mlp(self, residual: Array, x: Array, layer: LayerWeights) -> None:
         """residual += down_proj(silu(gate_proj(x)) * up_proj(x))"""
-        ops, n = self.backend, x.shape[0]
-        gate_up, activated = self._gate_up[:n], self._activated[:n]
-        ops.linear(gate_up, x, layer.gate_up)
-        ops.silu_and_mul(activated, gate_up)
+        ops, activated = self.backend, self._activated[: x.shape[0]]
+        ops.linear_silu_and_mul(activated, x, layer.gate_up)
         ops.linear(residual, activated, layer.down, accumulate=True)
 
     @staticmethod

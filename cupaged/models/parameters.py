@@ -16,7 +16,7 @@ class LayerWeights:
     qkv: Array  # [qkv_size, hidden_size] query heads, key heads, value heads
     o: Array  # [hidden_size, num_heads * head_dim]
     post_attention_norm: Array  # [hidden_size]
-    gate_up: Array  # [2 * intermediate_size, hidden_size] gate, then up
+    gate_up: Array  # [2 * intermediate_size, hidden_size] row 0 of gate, row 0 of up, row 1 of gate ...
     down: Array  # [hidden_size, intermediate_size]
     qkv_bias: Array | None = None  # [qkv_size]
     q_norm: Array | None = None  # [head_dim]

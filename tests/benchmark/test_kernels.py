@@ -145,6 +145,8 @@ def test_bytes_and_flops_are_those_of_the_shapes(launches):
     assert qkv.flops == 2 * 5 * 512 * 256
     head = cases["linear", "lm_head 1000x256, 1 rows"]
     assert head.bytes_written == 4 * 1000
+    gate_up = cases["linear", "gate_up 768x256, 5 rows"]
+    assert (gate_up.bytes_read, gate_up.bytes_written) == (2 * (768 * 256 + 5 * 256), 2 * 5 * 384)
     down = cases["linear", "down 256x384, 5 rows"]
     assert down.bytes_read == 2 * (256 * 384 + 5 * 384) + 4 * 5 * 256  # the residual, too
     assert down.bytes_written == 4 * 5 * 256

@@ -396,10 +396,16 @@ MUTATIONS = (
         ("linear",),
     ),
     Mutation(
-        INDEX, "activation.cu", "up is read one row early",
-        "gate_up + 2 * row + intermediate_size + i",
-        "gate_up + row + intermediate_size + i",
-        ("activation",),
+        INDEX, "linear_small.cu", "gate and up change places",
+        "silu_and_mul(total(out_token, gate), total(out_token, gate + 1))",
+        "silu_and_mul(total(out_token, gate + 1), total(out_token, gate))",
+        ("linear",),
+    ),
+    Mutation(
+        INDEX, "linear.cu", "the activated columns are counted as those of the products",
+        "first_token, m, first_output / 2,",
+        "first_token, m, first_output,",
+        ("linear",),
     ),
     Mutation(
         INDEX, "copy_blocks.cu", "the destination is found with the source's slab size",
@@ -428,8 +434,8 @@ MUTATIONS = (
     ),
     Mutation(
         EDGE, "linear.cu", "one token past the last is stored",
-        "first_token + row < m ?",
-        "first_token + row <= m ?",
+        "first_row + row < num_rows ?",
+        "first_row + row <= num_rows ?",
         ("linear",),
     ),
     Mutation(
@@ -585,8 +591,8 @@ MUTATIONS = (
     ),
     Mutation(
         STATE, "linear_small.cu", "what out holds is added whether asked for or not",
-        "    if (accumulate) total +=",
-        "    total +=",
+        "if (accumulates<out_t>(epilogue)) value +=",
+        "value +=",
         ("linear",),
     ),
     # -- between thread blocks ----------------------------------------------------------------------------------

@@ -187,7 +187,7 @@ def test_whole_models_err_no_more_than_a_plain_implementation(host_build, name, 
     assert loaded <= set(needed_kernels(dtype, 64, sm90=tier == "sm90"))
     used = {file for file, _ in loaded}
     assert used == {
-        "activation.cu", "embedding.cu", "linear.cu", "linear_small.cu", "paged_decode.cu",
+        "embedding.cu", "linear.cu", "linear_small.cu", "paged_decode.cu",
         "paged_prefill_sm90.cu" if tier == "sm90" else "paged_prefill.cu", "rms_norm.cu", "rope.cu",
     }  # fmt: skip
 

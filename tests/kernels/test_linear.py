@@ -9,8 +9,8 @@ from cupaged.kernels import linear as linear_module
 from cupaged.kernels import linear_small as linear_small_module
 from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32, HALF_TYPES, ceil_div
 from cupaged.kernels.device import DeviceInfo
-from cupaged.kernels.linear import linear
-from cupaged.kernels.linear_small import MAX_ROWS, linear_small
+from cupaged.kernels.linear import linear, linear_silu_and_mul
+from cupaged.kernels.linear_small import MAX_ROWS, linear_small, linear_small_silu_and_mul
 from cupaged.kernels.tuning import (
     LINEAR_SMALL_TILES,
     LINEAR_TILES,
@@ -165,6 +165,78 @@ def test_products_are_added_to_what_out_holds(runner, rng, operation, m, n, k, d
     assert np.array_equal(out, added_to + products)
 
 
+def gated_cases():
+    """Tile edges in the outputs' pairs; out's rows of whole 16 bytes, of less, and one element."""
+    for operation, tiles in ((linear_silu_and_mul, LINEAR_TILES), (linear_small_silu_and_mul, LINEAR_SMALL_TILES)):
+        for i, tile in enumerate(tiles):
+            tile_m, tile_n = (
+                (tile.tile_m, tile.tile_n)
+                if isinstance(tile, LinearTile)
+                else (8 * tile.token_tiles, 16 * tile.row_tiles)
+            )
+            for m, n, k in (
+                (tile_m, tile_n // 2, 64),
+                (tile_m - 1, tile_n // 2 + 8, 520),
+                (2, tile_n - 1, 72),
+                (1, 1, 8),
+            ):
+                id = f"{operation.__name__}-{tile_id(tile)}-{m}x{n}x{k}"
+                yield pytest.param(operation, m, n, k, HALF_TYPES[i % 2], tile, id=id)
+
+
+def gated(runner, operation, x, gate, up, tile) -> np.ndarray:
+    """The operation's out, NaN before it. What lies around it must not be written."""
+    weight = np.stack([gate, up], axis=1).reshape(-1, gate.shape[1])
+    out, buffer = guarded(runner, poisoned((len(x), len(gate)), x.dtype))
+    operation(out, guarded(runner, x)[0], guarded(runner, weight)[0], tile=tile)
+    buffer = runner.host(buffer)
+    assert is_poison(buffer[:GUARD]).all()
+    assert is_poison(buffer[GUARD + len(x) :]).all()
+    return buffer[GUARD : GUARD + len(x)]
+
+
+def silu(gate: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return gate / (1 + np.exp(-gate))
+
+
+@pytest.mark.parametrize(("operation", "m", "n", "k", "dtype", "tile"), list(gated_cases()))
+def test_silu_and_mul_of_products_match_the_formula(runner, rng, operation, m, n, k, dtype, tile):
+    x, up, _ = operands(rng, m, n, k, dtype, False)
+    gate = (rng.standard_normal((n, k)) / np.sqrt(k)).astype(dtype)  # where silu is neither 0 nor the gate itself
+    gate[0, 0] = gate[-1, -1] = 0.125  # with the 50 in x an outlier, and no product beyond float16
+    out = gated(runner, operation, x, gate, up, tile)
+
+    x, gate, up = (values.astype(np.float64) for values in (x, gate, up))
+    g, u = x @ gate.T, x @ up.T
+    # Each sum errs as in assert_matches_formula; silu's slope is 1.1 at most. Then four roundings in float32, of which
+    # expf's may be two units, and one to out's type.
+    g_error, u_error = ((k + 1) * 2.0**-23 * (np.abs(x) @ np.abs(matrix).T) for matrix in (gate, up))
+    expected = silu(g) * u
+    summing = 1.1 * g_error * (np.abs(u) + u_error) + np.abs(silu(g)) * u_error
+    rounding = (UNIT_ROUNDOFF[dtype] + 6 * 2.0**-24) * (np.abs(expected) + summing)
+    tolerance = summing + rounding + SMALLEST_SUBNORMAL[dtype] + 3e-37 * np.abs(u)
+    assert np.median(np.abs(expected)) > 20 * np.median(tolerance)
+    assert_close(out, expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+@pytest.mark.parametrize(
+    ("operation", "tile"),
+    [(linear_silu_and_mul, LINEAR_TILES[-1]), (linear_small_silu_and_mul, LINEAR_SMALL_TILES[0])],
+)
+def test_extreme_gates(runner, operation, tile, dtype):
+    """Where exp(-gate) overflows float32, from gate = -88.7 on, silu becomes 0, off by at most 89 * exp(-88.7)."""
+    largest = 65504 if dtype == FLOAT16 else 3e38
+    gates = np.array([0, -0.0, largest, -largest, -87, -88, -89, -104, 1e-7, -1e-7, 100, -17, 17, np.inf, np.nan, 1])
+    gates, ups = gates.astype(dtype), np.array([1] * 15 + [np.inf], dtype)
+    x, gate, up = np.zeros((1, 8), dtype), np.zeros((16, 8), dtype), np.zeros((16, 8), dtype)
+    x[0, 0], gate[:, 0], up[:, 0] = 1, gates, ups
+    expected = silu(gates.astype(np.float64)) * ups.astype(np.float64)
+    tolerance = {"rtol": UNIT_ROUNDOFF[dtype] + 6 * 2.0**-24, "atol": SMALLEST_SUBNORMAL[dtype] + 3e-37}
+    assert_close(gated(runner, operation, x, gate, up, tile)[0], expected, **tolerance)
+
+
 def test_linear_gives_the_same_bits_in_every_tile_and_batch(runner, rng):
     x, weight, bias = operands(rng, 66, 70, 200, BFLOAT16, True)
     tiles = [LINEAR_TILES[0], LINEAR_TILES[2], LINEAR_TILES[4]]  # the ones that are built for bfloat16 anyway
@@ -218,6 +290,12 @@ def test_empty_operands_launch_nothing(operation, m, n):
     operation(out, np.zeros((m, 16), BFLOAT16), np.zeros((n, 16), BFLOAT16))  # no tile, no device: no launch
 
 
+@pytest.mark.parametrize("operation", [linear_silu_and_mul, linear_small_silu_and_mul])
+@pytest.mark.parametrize(("m", "n"), [(0, 5), (5, 0)])
+def test_empty_operands_of_silu_and_mul_launch_nothing(operation, m, n):
+    operation(np.full((m, n), np.nan, BFLOAT16), np.zeros((m, 16), BFLOAT16), np.zeros((2 * n, 16), BFLOAT16))
+
+
 def good_operands():
     return {
         "out": np.zeros((4, 8), BFLOAT16),
@@ -260,9 +338,25 @@ def test_bad_operands_are_named(operation, changes, message):
 
 
 @pytest.mark.parametrize("operation", [linear, linear_small])
-def test_sums_over_several_calls_want_float32(operation):
-    with pytest.raises(ValueError, match="out: dtype must be float32 to accumulate; got bfloat16"):
+def test_only_float32_is_added_to(operation):
+    with pytest.raises(ValueError, match="out: dtype must be float32; got bfloat16"):
         operation(**good_operands(), accumulate=True)
+
+
+@pytest.mark.parametrize("operation", [linear_silu_and_mul, linear_small_silu_and_mul])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"out": np.zeros((4, 8), FLOAT32)}, "out: dtype must be bfloat16; got float32"),
+        ({"out": np.zeros((4, 16), BFLOAT16)}, r"out: expected shape \(4, 8\)"),
+        ({"out": misaligned((4, 8))}, "out: must start at a multiple of 16 bytes"),
+        ({"weight": np.zeros((15, 16), BFLOAT16)}, "weight: rows must be pairs of gate and up; got 15"),
+    ],
+)
+def test_bad_operands_of_silu_and_mul_are_named(operation, changes, message):
+    good = {name: np.zeros(shape, BFLOAT16) for name, shape in (("out", (4, 8)), ("x", (4, 16)), ("weight", (16, 16)))}
+    with pytest.raises(ValueError, match=message):
+        operation(**(good | changes))
 
 
 def test_linear_small_refuses_more_rows_than_it_can_hold():

@@ -67,12 +67,17 @@ def test_linear(backend, rng, m, biased, accumulate):
     assert (np.abs(out - exact) <= bound).all()
 
 
-def test_silu_and_mul(backend, rng):
-    gate_up, out = normal(rng, 5, 2 * 48), poisoned(5, 48)
-    gate_up[0, :4] = [-200, -80, 0, 200]  # exp(200) is infinite in float32
-    backend.silu_and_mul(out, gate_up)
-    gate, up = np.float64(gate_up[:, :48]), np.float64(gate_up[:, 48:])
-    assert np.allclose(out, gate / (1 + np.exp(-gate)) * up, rtol=100 * EPSILON, atol=1e-37)
+@pytest.mark.parametrize("m", [0, 1, 2, MAX_GEMV_ROWS + 1])
+def test_linear_silu_and_mul(backend, rng, m):
+    x, gate, up, out = normal(rng, 9, 16)[:m], normal(rng, 48, 16), normal(rng, 48, 16), poisoned(m, 48)
+    x[:, 0] = 1
+    gate[:4] = np.array([-200, -80, 0, 200])[:, None] * np.eye(16)[0]  # exp(200) is infinite in float32
+    backend.linear_silu_and_mul(out, x, np.stack([gate, up], axis=1).reshape(96, 16))
+    g, u = (np.float64(x) @ np.float64(matrix).T for matrix in (gate, up))
+    bounds = [16 * EPSILON * np.abs(x) @ np.abs(matrix).T for matrix in (gate, up)]
+    # silu's slope is 1.1 at most.
+    bound = 1.2 * bounds[0] * np.abs(u) + np.abs(g) * bounds[1] + 10 * EPSILON * np.abs(g * u)
+    assert (np.abs(out - g / (1 + np.exp(-g)) * u) <= bound).all()
 
 
 # -- the cache -------------------------------------------------------------------------------------------------

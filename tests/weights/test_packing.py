@@ -43,7 +43,9 @@ def test_everything_arrives_in_its_place(variant, dtype):
         same(layer.qkv, *(f"{at}self_attn.{name}_proj.weight" for name in "qkv"))
         same(layer.o, at + "self_attn.o_proj.weight")
         same(layer.post_attention_norm, at + "post_attention_layernorm.weight")
-        same(layer.gate_up, at + "mlp.gate_proj.weight", at + "mlp.up_proj.weight")
+        assert layer.gate_up.shape == (2 * config.intermediate_size, config.hidden_size)
+        same(layer.gate_up[0::2], at + "mlp.gate_proj.weight")
+        same(layer.gate_up[1::2], at + "mlp.up_proj.weight")
         same(layer.down, at + "mlp.down_proj.weight")
         assert (layer.qkv_bias is not None) == config.qkv_bias
         assert (layer.q_norm is not None) == (layer.k_norm is not None) == config.qk_norm
@@ -60,6 +62,7 @@ def test_large_tensors_go_over_in_pieces(monkeypatch, tensors, backend):
     weights = load_weights(tensors, ModelConfig.from_hf(CONFIG), backend)
     assert backend.largest_copy <= 1000
     np.testing.assert_array_equal(weights.layers[1].down, tensors["model.layers.1.mlp.down_proj.weight"])
+    np.testing.assert_array_equal(weights.layers[1].gate_up[1::2], tensors["model.layers.1.mlp.up_proj.weight"])
 
 
 def test_harmless_extras_are_ignored(tensors, backend):
