@@ -94,12 +94,14 @@ class RawKernelLauncher:
 
     def __init__(self, raw_kernel):
         self._raw_kernel = raw_kernel
-        self._max_shared_bytes: dict[object, int] = {}  # by function: each device has its own
+        # By function: each device has its own. Asking for the current one's loads the cubin now and not at the first
+        # launch, which may be within the capture of a graph.
+        self._max_shared_bytes = {raw_kernel.kernel: MAX_DEFAULT_SHARED_BYTES}
 
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple, shared_mem: int = 0) -> None:
         if shared_mem > MAX_DEFAULT_SHARED_BYTES:
             function = self._raw_kernel.kernel  # the current device's
-            if shared_mem > self._max_shared_bytes.get(function, 0):
+            if shared_mem > self._max_shared_bytes.get(function, MAX_DEFAULT_SHARED_BYTES):
                 self._raw_kernel.max_dynamic_shared_size_bytes = shared_mem
                 self._max_shared_bytes[function] = shared_mem
         self._raw_kernel(grid, block, args, shared_mem=shared_mem)

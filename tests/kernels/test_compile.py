@@ -429,6 +429,19 @@ def test_kernels_are_compiled_and_loaded_ahead_of_their_launches(sources, monkey
         set_device_info(None)
 
 
+def test_a_cubin_is_loaded_before_the_first_launch():
+    class RawKernel:
+        loads = 0
+
+        @property
+        def kernel(self):
+            self.loads += 1
+
+    raw_kernel = RawKernel()
+    compiler.RawKernelLauncher(raw_kernel)
+    assert raw_kernel.loads == 1
+
+
 def test_the_shared_memory_limit_follows_the_launches_on_each_device():
     class RawKernel:
         kernel: str = "the first device's function"
