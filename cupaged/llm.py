@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -347,7 +348,13 @@ def _load_engine(config: EngineConfig, checkpoint, backend: Backend) -> Engine:
     model = replace(checkpoint.config, eos_token_ids=checkpoint.eos_token_ids)
     max_model_len = wanted_max_model_len(config, model)
     max_num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
-    weights = load_weights(checkpoint.tensors, model, backend)
+    compiler = ThreadPoolExecutor(1)
+    try:
+        compiled = compiler.submit(backend.compile, model)
+        weights = load_weights(checkpoint.tensors, model, backend)
+        compiled.result()
+    finally:
+        compiler.shutdown(wait=False)  # bad weights are reported at once
     backend.reserve(model, config.max_num_batched_tokens, max_num_seqs, max_model_len)
     decoder = Decoder(
         model,

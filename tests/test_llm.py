@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from cupaged import LLM, BeamSearchParams, SamplingParams
 from cupaged.backends.cuda import Probe
-from cupaged.errors import CupagedError, DeviceError, ModelNotFoundError, OutOfMemoryError, QueueFullError
+from cupaged.backends.reference import ReferenceBackend
+from cupaged.errors import (
+    CheckpointError,
+    CupagedError,
+    DeviceError,
+    ModelNotFoundError,
+    OutOfMemoryError,
+    QueueFullError,
+)
 from cupaged.sampling_params import RequestOutputKind
 
 GOLDEN = Path(__file__).parent / "model" / "golden"
@@ -323,6 +332,48 @@ def test_options_that_can_not_be_met(model_dir, tmp_path):
         LLM(model_dir, device="cpu", max_model_len=513)
     with pytest.raises(OutOfMemoryError, match=r"max_model_len=512 needs 512.0 KiB.*128.0 KiB"):
         LLM(model_dir, device="cpu", max_model_len=512, kv_cache_memory_bytes=128 << 10)
+
+
+def test_kernels_are_compiled_while_the_weights_are_copied(model_dir, monkeypatch):
+    started, copied = threading.Event(), threading.Event()
+
+    def compile(backend, config):
+        started.set()
+        assert config.head_dim == 64
+        assert copied.wait(60)
+
+    def copy_in(backend, dst, src):
+        assert started.wait(60)
+        copied.set()
+        dst[...] = src
+
+    monkeypatch.setattr(ReferenceBackend, "compile", compile)
+    monkeypatch.setattr(ReferenceBackend, "copy_in", copy_in)
+    LLM(model_dir, device="cpu").close()
+
+
+def test_kernels_that_do_not_compile_are_reported(model_dir, monkeypatch):
+    def fail(backend, config):
+        raise CupagedError("x.cu: error")
+
+    monkeypatch.setattr(ReferenceBackend, "compile", fail)
+    with pytest.raises(CupagedError, match=r"^x\.cu: error$"):
+        LLM(model_dir, device="cpu")
+
+
+def test_bad_weights_are_reported_before_all_kernels_are_compiled(model_dir, tmp_path, monkeypatch):
+    path = tmp_path / "model"
+    shutil.copytree(model_dir, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"vocab_size": VOCAB_SIZE + 1}))
+    reported = threading.Event()
+    monkeypatch.setattr(ReferenceBackend, "compile", lambda *_: reported.wait(60))
+    try:
+        with pytest.raises(CheckpointError, match="wrong shapes: model"):
+            LLM(path, device="cpu")
+        assert not reported.is_set()
+    finally:
+        reported.set()
 
 
 def test_the_generation_config_gives_the_defaults_and_more_eos_ids(model_dir, tmp_path, golden):

@@ -74,9 +74,13 @@ class Backend(Protocol):
     def memory_info(self) -> tuple[int, int]:
         """(free, total) bytes of the memory that arrays come from."""
 
+    def compile(self, config) -> None:
+        """Compile the kernels that ModelConfig `config` needs and the cache lacks. It asks nothing of the device, so
+        that it may run in another thread while the weights are copied."""
+
     def reserve(self, config, max_num_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
         """Take the scratch memory that the operations need for ModelConfig `config` and steps of these sizes, and
-        make ready (compile, load) the kernels for them. Called once, before the first step."""
+        load the kernels for them. Called once, before the first step."""
 
     def upload_batch(self, batch: Batch) -> Batch:
         """The batch with its arrays on the device. What it returns is valid until the next call."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import math
 import os
@@ -13,12 +14,13 @@ from typing import NamedTuple
 import numpy as np
 
 from cupaged.backends.base import Array
+from cupaged.backends.host_copy import HostCopier
 from cupaged.config import BLOCK_SIZES, ModelConfig
 from cupaged.engine.batch import Batch
 from cupaged.errors import DeviceError, OutOfMemoryError
 from cupaged.kernels import registry
 from cupaged.kernels.checks import C_TYPE, HALF_TYPES, ceil_div, check, check_that
-from cupaged.kernels.compile import load_kernels
+from cupaged.kernels.compile import compile_kernels, load_kernels
 from cupaged.kernels.copy_blocks import copy_blocks
 from cupaged.kernels.device import device_info
 from cupaged.kernels.embedding import embedding
@@ -51,6 +53,9 @@ ERROR_INSUFFICIENT_DRIVER = 35  # also when there is no driver at all
 ERROR_NO_DEVICE = 100
 
 
+NO_DRIVER = "no NVIDIA driver is installed"
+
+
 class Probe(NamedTuple):
     """What `probe` found."""
 
@@ -61,6 +66,8 @@ class Probe(NamedTuple):
 def probe() -> Probe:
     """Whether the current CUDA device can run the kernels. Prints nothing, raises nothing, takes no device memory
     beyond the CUDA context."""
+    if not _driver_is_there():
+        return Probe(False, NO_DRIVER)  # without the time that it takes to import CuPy
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # CuPy's remarks on CUDA libraries that nothing here needs
@@ -86,9 +93,17 @@ def probe() -> Probe:
         return Probe(False, f"CUDA does not start: {str(error).strip().splitlines()[0]}")
 
 
+def _driver_is_there() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def _insufficient_driver(version: int) -> str:
     if version == 0:
-        return "no NVIDIA driver is installed"
+        return NO_DRIVER
     return (
         f"the NVIDIA driver is too old: it serves CUDA {_cuda_version(version)}, cupaged needs 12 (driver 525 or newer)"
     )
@@ -220,6 +235,7 @@ class CudaBackend:
         self.description = device.description
         self._device = device
         self._staging = PinnedRing(device, STAGING_BYTES)
+        self._copier = HostCopier()
         self._batch_staging: PinnedRing | None = None
         self._batch_buffer: Array | None = None  # uint8: all arrays of a batch
         self._decode_workspace: Array | None = None  # uint8: the partial results of split sequences
@@ -260,7 +276,7 @@ class CudaBackend:
             part = src[start : start + step]
             self._staging.copy(
                 dst[start : start + step],
-                lambda staged, part=part: np.copyto(staged.view(dst.dtype), part, casting="unsafe"),
+                lambda staged, part=part: self._copier.copy(staged.view(dst.dtype), part),
             )
 
     def copy(self, dst: Array, src: Array) -> None:
@@ -276,6 +292,9 @@ class CudaBackend:
 
     def memory_info(self) -> tuple[int, int]:
         return self._device.memory_info()
+
+    def compile(self, config: ModelConfig) -> None:
+        compile_kernels(list(needed_kernels(self.dtype, config.head_dim, use_sm90())), device_info().arch)
 
     def reserve(self, config: ModelConfig, max_num_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
         sm90 = use_sm90()
@@ -318,6 +337,7 @@ class CudaBackend:
         for ring in (self._staging, self._batch_staging):
             if ring is not None:
                 ring.wait()
+        self._copier.close()
         self._staging = self._batch_staging = self._batch_buffer = self._decode_workspace = None
 
     # -- the cache -----------------------------------------------------------------------------------------

@@ -73,8 +73,11 @@ class ReferenceBackend:
     def memory_info(self) -> tuple[int, int]:
         return _memory_info()
 
+    def compile(self, config) -> None:
+        pass
+
     def reserve(self, config, max_num_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
-        pass  # NumPy's temporaries come from the heap, and nothing is compiled
+        pass  # NumPy's temporaries come from the heap
 
     def upload_batch(self, batch: Batch) -> Batch:
         arrays = {name: value.copy() for name, value in vars(batch).items() if isinstance(value, np.ndarray)}

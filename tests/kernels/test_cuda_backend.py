@@ -4,7 +4,9 @@ The models are those of tests/model, whose logits transformers computed in float
 """
 
 import ctypes
+import os
 import sys
+import threading
 import types
 from dataclasses import replace
 
@@ -14,9 +16,10 @@ from model.conftest import Driver
 from model_tools import GOLDEN, MODELS, RoundingBackend, golden, mixed_steps, new_driver, rms
 from sampling_tools import make_rows, random_logits
 
-from cupaged.backends import cuda, sampling_reference
+from cupaged.backends import cuda, host_copy, sampling_reference
 from cupaged.backends.base import SAMPLING_ROW
 from cupaged.backends.cuda import CudaBackend, needed_kernels, open_cuda, probe
+from cupaged.backends.host_copy import HostCopier
 from cupaged.backends.reference import ReferenceBackend
 from cupaged.config import ModelConfig
 from cupaged.engine import sampler as sampler_module
@@ -327,9 +330,11 @@ def test_edited_requests_draw_what_the_reference_draws(host_build, monkeypatch, 
 # -- memory and copies ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("part_bytes", [1 << 20, 20])  # by one thread, and by several
 @pytest.mark.parametrize("shape", [(), (1,), (5, 7), (3, 1000), (0, 4)])
-def test_copy_in_converts_and_lets_go_of_the_source(monkeypatch, host_build, shape):
+def test_copy_in_converts_and_lets_go_of_the_source(monkeypatch, host_build, shape, part_bytes):
     monkeypatch.setattr(cuda, "STAGING_BYTES", 256)  # several turns of the ring
+    monkeypatch.setattr(host_copy, "MIN_PART_BYTES", part_bytes)
     backend = CudaBackend(host_build[0], BFLOAT16)
     values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     expected = values.astype(BFLOAT16)
@@ -338,6 +343,37 @@ def test_copy_in_converts_and_lets_go_of_the_source(monkeypatch, host_build, sha
     backend.copy_in(dst, source)
     source[...] = np.nan
     assert backend.to_host(dst).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(("size", "num_threads"), [(100, 1), (101, 2), (1000, 3)])
+def test_large_copies_are_made_by_several_threads(monkeypatch, size, num_threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(3))
+    monkeypatch.setattr(host_copy, "MIN_PART_BYTES", 200)
+    together = threading.Barrier(num_threads, timeout=60)
+
+    class Source:
+        """An array whose parts come when as many threads as are expected have asked for one."""
+
+        def __getitem__(self, part):
+            together.wait()
+            return values[part]
+
+        def __array__(self, dtype=None, copy=None):
+            return values
+
+    values = np.arange(size, dtype=np.float32)
+    dst = np.full(size, np.nan, np.float32)
+    copier = HostCopier()
+    copier.copy(dst, Source())
+    copier.close()
+    assert np.array_equal(dst, values)
+
+
+def test_compiling_ahead_names_the_models_kernels(monkeypatch, backend):
+    asked = []
+    monkeypatch.setattr(cuda, "compile_kernels", lambda kernels, arch: asked.append((kernels, arch)))
+    backend.compile(Checkpoint(GOLDEN / "llama").config)
+    assert asked == [(list(needed_kernels(BFLOAT16, 64, sm90=False)), "sm_90a")]
 
 
 def test_copy_in_takes_any_source_and_only_whole_destinations(backend):
@@ -543,6 +579,7 @@ def fake_cupy(monkeypatch, *, devices=1, error=None, context_error=None, driver=
     device = types.SimpleNamespace(id=0)
     cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime, Device=lambda: device))
     monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(cuda, "_driver_is_there", lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -594,7 +631,14 @@ def test_a_gpu_that_gives_no_context(monkeypatch):
     assert probe() == (False, "CUDA does not start: cudaError 46")
 
 
+def test_without_a_driver_cupy_is_not_imported(monkeypatch):
+    monkeypatch.setattr(cuda, "_driver_is_there", lambda: False)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert probe() == (False, "no NVIDIA driver is installed")
+
+
 def test_no_cupy(monkeypatch):
+    monkeypatch.setattr(cuda, "_driver_is_there", lambda: True)
     monkeypatch.setitem(sys.modules, "cupy", None)
     found = probe()
     assert not found.usable
