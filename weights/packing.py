@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Protocol
@@ -10,11 +11,13 @@ import ml_dtypes  # noqa: F401 (np.dtype("bfloat16") needs it)
 import numpy as np
 
 from cupaged.backends.base import Array, Backend
+from cupaged.backends.host_copy import HostCopier
 from cupaged.config import ModelConfig
 from cupaged.errors import CheckpointError
 from cupaged.models.parameters import DecoderWeights, LayerWeights
 from cupaged.weights.safetensors_file import row_chunks
 
+INTERLEAVED_ELEMENTS = 1 << 22  # at a time; few enough to stay in the processor's last cache until they are copied
 MAX_NAMES = 4  # of each kind of trouble that an error line spells out
 # Buffers that old versions of transformers saved; they are computed from the config.
 _COMPUTED_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
@@ -88,8 +91,12 @@ def load_weights(tensors: Mapping[str, Tensor], config: ModelConfig, backend: Ba
         parts = [tensors[name] for name in names]
         rows, columns = parts[0].shape
         packed = backend.empty((len(parts) * rows, columns), backend.dtype)
-        for chunk in row_chunks((rows, len(parts) * columns)):
-            together = np.stack([part[chunk] for part in parts], axis=1)
+        chunks = list(row_chunks((rows, len(parts) * columns), INTERLEAVED_ELEMENTS))
+        buffer = np.empty((chunks[0].stop, len(parts), columns), backend.dtype)
+        for chunk in chunks:
+            together = buffer[: chunk.stop - chunk.start]
+            for i, part in enumerate(parts):
+                copier.copy(together[:, i], part[chunk])
             backend.copy_in(packed[len(parts) * chunk.start : len(parts) * chunk.stop], together.reshape(-1, columns))
         return packed
 
@@ -108,13 +115,14 @@ def load_weights(tensors: Mapping[str, Tensor], config: ModelConfig, backend: Ba
             k_norm=pack(at + "self_attn.k_norm.weight") if config.qk_norm else None,
         )
 
-    embed_tokens = pack("model.embed_tokens.weight")
-    return DecoderWeights(
-        embed_tokens=embed_tokens,
-        layers=[layer(i) for i in range(config.num_layers)],
-        norm=pack("model.norm.weight"),
-        lm_head=embed_tokens if config.tie_word_embeddings else pack("lm_head.weight"),
-    )
+    with contextlib.closing(HostCopier()) as copier:
+        embed_tokens = pack("model.embed_tokens.weight")
+        return DecoderWeights(
+            embed_tokens=embed_tokens,
+            layers=[layer(i) for i in range(config.num_layers)],
+            norm=pack("model.norm.weight"),
+            lm_head=embed_tokens if config.tie_word_embeddings else pack("lm_head.weight"),
+        )
 
 
 def random_weights(config: ModelConfig, backend: Backend, seed: int = 0) -> DecoderWeights:

@@ -58,10 +58,14 @@ def test_everything_arrives_in_its_place(variant, dtype):
 
 def test_large_tensors_go_over_in_pieces(monkeypatch, tensors, backend):
     row_chunks = packing.row_chunks
-    monkeypatch.setattr(packing, "row_chunks", lambda shape: row_chunks(shape, max_elements=1000))
+    monkeypatch.setattr(packing, "row_chunks", lambda shape, *_: row_chunks(shape, max_elements=1000))
     weights = load_weights(tensors, ModelConfig.from_hf(CONFIG), backend)
     assert backend.largest_copy <= 1000
     np.testing.assert_array_equal(weights.layers[1].down, tensors["model.layers.1.mlp.down_proj.weight"])
+    for i, name in enumerate(("gate", "up")):
+        np.testing.assert_array_equal(
+            weights.layers[1].gate_up[i::2], tensors[f"model.layers.1.mlp.{name}_proj.weight"]
+        )
     np.testing.assert_array_equal(weights.layers[1].gate_up[1::2], tensors["model.layers.1.mlp.up_proj.weight"])
 
 
