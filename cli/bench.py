@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cupaged.cli.options import add_options, model_options, preemption_options, shape_options
+from cupaged.cli.options import add_options, engine_options, model_options, shape_options
 
 if TYPE_CHECKING:
     from cupaged.benchmark.workload import Workload
@@ -93,7 +93,7 @@ def _with(options: Sequence[Callable]) -> Callable[[Callable], Callable]:
 
 
 def _engine_options(command: Callable) -> Callable:
-    return add_options(preemption_options(model_options(command)), [_LOAD_FORMAT, *_ENGINE_LIMITS])
+    return add_options(engine_options(model_options(command)), [_LOAD_FORMAT, *_ENGINE_LIMITS])
 
 
 @click.group()

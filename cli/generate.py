@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cupaged.cli.live import LiveView, is_drawable
-from cupaged.cli.options import model_options, preemption_options
+from cupaged.cli.options import engine_options, model_options
 
 if TYPE_CHECKING:
     from cupaged.llm import LLM
@@ -69,7 +69,7 @@ HEADER_WIDTH = 60
     show_default=True,
     help="Compute once what prompts begin with in common.",
 )
-@preemption_options
+@engine_options
 @model_options
 def generate(
     prompt,
@@ -93,6 +93,7 @@ def generate(
     enable_prefix_caching,
     preemption_mode,
     swap_space_bytes,
+    enforce_eager,
     **sampling,
 ) -> None:
     """Continue each PROMPT; several run as one batch. Without any, the prompt is read from standard input."""
@@ -126,6 +127,7 @@ def generate(
         enable_prefix_caching=enable_prefix_caching,
         preemption_mode=preemption_mode,
         swap_space_bytes=swap_space_bytes,
+        enforce_eager=enforce_eager,
         block_size=block_size,
         kv_cache_memory_bytes=kv_cache_memory_bytes,
         gpu_memory_utilization=gpu_memory_utilization,

@@ -63,7 +63,7 @@ _MODEL_OPTIONS = {
 
 
 # Under LLM's names, as all of the above.
-_PREEMPTION_OPTIONS = [
+_ENGINE_OPTIONS = [
     click.option(
         "--preemption-mode",
         type=click.Choice(["auto", "recompute", "swap"]),
@@ -77,11 +77,15 @@ _PREEMPTION_OPTIONS = [
         type=Size(),
         help="Most host memory that swapping may take.  [default: 4GiB on a GPU]",
     ),
+    click.option(
+        "--enforce-eager", is_flag=True, help="Launch kernels one by one, instead of decode steps as CUDA graphs."
+    ),
 ]
 
 
-def preemption_options(command: Callable) -> Callable:
-    return add_options(command, _PREEMPTION_OPTIONS)
+def engine_options(command: Callable) -> Callable:
+    """How the engine runs a model."""
+    return add_options(command, _ENGINE_OPTIONS)
 
 
 def model_options(command: Callable) -> Callable:

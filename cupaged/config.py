@@ -97,6 +97,8 @@ class EngineConfig:
     swap_space_bytes: host memory that swapping may take, page-locked and taken as needed. None means 4 GiB where that
         makes sense: on a GPU, or with preemption_mode "swap". 0 means none.
     max_queue_len: the most requests that may wait; more are refused with QueueFullError. None sets no limit.
+    enforce_eager: launch the kernels of every step one by one. Otherwise, on a GPU, steps that only decode are captured
+        as CUDA graphs when batches of a size and length first come: less time, some memory, the same results.
     debug: check the engine's books after every step, and fill freed blocks with NaN; slow.
     """
 
@@ -115,6 +117,7 @@ class EngineConfig:
     preemption_mode: str = "auto"  # of PREEMPTION_MODES
     swap_space_bytes: int | None = None
     max_queue_len: int | None = None
+    enforce_eager: bool = False
     debug: bool = False
     seed: int | None = None  # seeds the requests that bring none; None: from the operating system
 

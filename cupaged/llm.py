@@ -71,6 +71,7 @@ class LLM:
         preemption_mode: str = EngineConfig.preemption_mode,
         swap_space_bytes: int | None = None,
         max_queue_len: int | None = None,
+        enforce_eager: bool = False,
         debug: bool = False,
         seed: int | None = None,
         offline: bool = False,
@@ -93,6 +94,7 @@ class LLM:
             preemption_mode=preemption_mode,
             swap_space_bytes=swap_space_bytes,
             max_queue_len=max_queue_len,
+            enforce_eager=enforce_eager,
             debug=debug,
             seed=seed,
         )
@@ -264,6 +266,8 @@ class LLM:
             )
         if stats.mean_sharing:
             lines.append(f"sharing: {stats.mean_sharing:.1%} of the blocks saved, {stats.num_copies} copied on write")
+        if stats.num_graphs:
+            lines.append(f"CUDA graphs: {stats.num_graphs} shapes of decode steps captured")
         if stats.num_preemptions:
             line = f"preemptions: {stats.num_preemptions}"
             if stats.num_tokens_lost:

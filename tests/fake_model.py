@@ -59,6 +59,7 @@ class FakeBackend:
     """NumPy memory, poisoned with NaN; a greedy sampler, and one that hashes (best token, seed, counter)."""
 
     name = "cpu"
+    has_graphs = False
     description = "fake"
     dtype = np.dtype(np.float64)
 

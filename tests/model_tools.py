@@ -9,6 +9,9 @@ import numpy as np
 from model.conftest import Driver
 
 from cupaged.backends.reference import ReferenceBackend
+from cupaged.config import EngineConfig
+from cupaged.engine.engine import Engine
+from cupaged.models.decoder import Decoder
 from cupaged.weights.checkpoint import Checkpoint
 from cupaged.weights.packing import load_weights
 
@@ -70,6 +73,23 @@ def new_driver(name: str, backend) -> Driver:
     if isinstance(backend, RoundingBackend):
         backend.round_weights(weights)
     return Driver(checkpoint.config, weights, backend, block_size=8)
+
+
+def new_engine(name: str, backend, *, num_blocks=256, max_model_len=400, max_num_seqs=8, **options) -> Engine:
+    """An engine on a tiny model, with a cache that grows by slabs of an eighth of num_blocks, 8 tokens each."""
+    checkpoint, max_num_tokens = Checkpoint(GOLDEN / name), 512
+    model, weights = checkpoint.config, load_weights(checkpoint.tensors, checkpoint.config, backend)
+    backend.reserve(model, max_num_tokens, max_num_seqs, max_model_len)
+    decoder = Decoder(
+        model, weights, backend,
+        max_num_tokens=max_num_tokens, max_num_logits=max_num_seqs, max_model_len=max_model_len,
+    )  # fmt: skip
+    bytes_per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * backend.dtype.itemsize
+    config = EngineConfig(
+        block_size=8, max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_tokens,
+        kv_cache_memory_bytes=num_blocks * 8 * bytes_per_token, seed=1, **options,
+    )  # fmt: skip
+    return Engine(config, model, decoder, backend)
 
 
 def mixed_steps(driver: Driver, name: str) -> np.ndarray:

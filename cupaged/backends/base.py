@@ -8,6 +8,7 @@ taken in float32 whatever it is. No operation accepts overlapping input and outp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,6 +48,7 @@ class Backend(Protocol):
     name: str  # "cuda" | "cpu"
     description: str  # for people: "NVIDIA H100 80GB HBM3 (driver 580.159)"
     dtype: np.dtype
+    has_graphs: bool  # whether `capture` is there, and worth it
 
     # -- memory --------------------------------------------------------------------------------------------
 
@@ -83,7 +85,16 @@ class Backend(Protocol):
         load the kernels for them. Called once, before the first step."""
 
     def upload_batch(self, batch: Batch) -> Batch:
-        """The batch with its arrays on the device. What it returns is valid until the next call."""
+        """The batch with its arrays on the device. What it returns is valid until the next call. Arrays of batches
+        whose shapes agree lie in the same places."""
+
+    def capture(self, function: Callable[[], object]) -> Callable[[], None]:
+        """Record the operations that `function` calls, of which none is carried out; returns what carries out all of
+        them in one launch, as often as it is called, on what their arrays hold then. The arrays must live on.
+
+        function allocates nothing, copies nothing from or to the host, waits for nothing, and has run before. Raises
+        RuntimeError, or MemoryError where there is no room for the record.
+        """
 
     def close(self) -> None:
         """Give the scratch memory back."""

@@ -176,6 +176,18 @@ class CupyDevice:
         self._cupy.cuda.runtime.memcpyAsync(dst.data.ptr, src.ctypes.data, src.nbytes, host_to_device, stream.ptr)
         return stream.record(self._cupy.cuda.Event(disable_timing=True)).synchronize
 
+    def capture(self, function: Callable[[], object]) -> Callable[[], None]:
+        """Record what function launches, without running it; returns what launches it all on the current stream."""
+        # On a stream of our own: CUDA's default stream can't be captured. Nothing runs there, so nothing has to wait.
+        stream = self._cupy.cuda.Stream(non_blocking=True)
+        with stream:
+            stream.begin_capture()
+            try:
+                function()
+            finally:
+                graph = stream.end_capture()
+        return graph.launch
+
     def to_host(self, src: Array) -> np.ndarray:
         return self._cupy.asnumpy(src)
 
@@ -227,6 +239,7 @@ class CudaBackend:
     """
 
     name = "cuda"
+    has_graphs = True
 
     def __init__(self, device, dtype):
         self.dtype = np.dtype(dtype)
@@ -332,6 +345,9 @@ class CudaBackend:
             for name, array, start in parts
         }
         return dataclasses.replace(batch, **views)
+
+    def capture(self, function: Callable[[], object]) -> Callable[[], None]:
+        return self._device.capture(function)
 
     def close(self) -> None:
         for ring in (self._staging, self._batch_staging):

@@ -31,6 +31,7 @@ class ReferenceBackend:
 
     name = "cpu"
     dtype = np.dtype(np.float32)
+    has_graphs = False
 
     def __init__(self):
         self.description = f"the CPU ({_cpu_model()}, {_num_cpus()} cores)"

@@ -83,6 +83,7 @@ class Engine:
             max_num_seqs=self.scheduler.max_num_seqs,
             max_model_len=self.max_model_len,
             window=model.sliding_window,
+            enforce_eager=config.enforce_eager,
         )
         self._requests: dict[str, Request] = {}
         self._rng = random.Random(config.seed)

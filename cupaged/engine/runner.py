@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cupaged.backends.base import Backend
-from cupaged.engine.batch import BatchBuilder
+from cupaged.backends.base import Array, Backend
+from cupaged.engine.batch import Batch, BatchBuilder
+from cupaged.engine.decode_graphs import DecodeGraphs
 from cupaged.engine.prompt_logprobs import PromptScorer
 from cupaged.engine.sampler import Logprobs, Sampler
 from cupaged.engine.scheduler import Schedule
@@ -30,7 +31,7 @@ class Runner:
     """decoder: models.decoder.Decoder, or whatever has its `forward(batch, arena)` and `compute_logits(indices)`.
 
     vocab_size: ids from here on are never drawn. max_num_seqs: the most sequences a step may hold, and rows of logits.
-    window: the model's, in tokens; None for none.
+    window: the model's, in tokens; None for none. enforce_eager: don't run decode steps as graphs, where the backend has them.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Runner:
         max_num_seqs: int,
         max_model_len: int,
         window: int | None = None,
+        enforce_eager: bool = False,
     ):
         self.backend = backend
         self.decoder = decoder
@@ -55,6 +57,9 @@ class Runner:
             window=window,
         )
         self._pairs = backend.empty((max(max_num_seqs, MIN_PAIRS), 2), np.int32)
+        self._graphs: DecodeGraphs | None = None
+        if backend.has_graphs and not enforce_eager:
+            self._graphs = DecodeGraphs(backend, decoder, arena, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
         self._sampler = Sampler(backend, vocab_size=vocab_size, max_num_seqs=max_num_seqs)
         self._prompt_scorer = PromptScorer(backend, self._sampler, max_num_rows=max_num_seqs)
 
@@ -63,10 +68,20 @@ class Runner:
         self._copy_blocks(self.arena, self.arena, schedule.copies)
         sampled = sorted(schedule.sampled, key=lambda pair: Sampler.sort_key(pair[1]))
         sequences = [seq for _, seq in sampled]
-        batch = self.backend.upload_batch(self._batches.build(schedule, [i for i, _ in sampled]))
-        logits = self.decoder.forward(batch, self.arena)
+        logits = self._forward(self._batches.build(schedule, [i for i, _ in sampled]))[: len(sequences)]
         token_ids, logprobs = self._sampler.draw(logits, sequences) if sequences else ([], None)
         return StepResult(sequences, token_ids, logprobs, self._prompt_scorer.score(schedule, self.decoder))
+
+    def _forward(self, batch: Batch) -> Array:
+        """The logits, and perhaps more rows after them."""
+        if self._graphs is None:
+            return self.decoder.forward(self.backend.upload_batch(batch), self.arena)
+        return self._graphs.forward(self.backend.upload_batch(self._graphs.pad(batch)))
+
+    @property
+    def num_graphs(self) -> int:
+        """Decode steps that are captured."""
+        return 0 if self._graphs is None else self._graphs.num_graphs
 
     def swap(self, dst: KVArena, src: KVArena, pairs: list[tuple[int, int]]) -> float:
         """Copy blocks of `src` to `dst`, one of which lies in the host's memory; returns the seconds that it took."""

@@ -43,6 +43,7 @@ class EngineStats:
     swap_space_bytes: int  # of its slabs
     swapped_bytes: int  # copied into and out of the swap space
     swap_seconds: float  # that this took
+    num_graphs: int  # shapes of decode steps that are captured as CUDA graphs
     mean_queue_time: float  # seconds from a request's arrival to its first step; each one's is in its metrics
 
 
@@ -116,5 +117,6 @@ def stats(engine: Engine) -> EngineStats:
         swap_space_bytes=engine.swap_arena.num_bytes if swap else 0,
         swapped_bytes=counts.swapped_bytes,
         swap_seconds=counts.swap_seconds,
+        num_graphs=engine.runner.num_graphs,
         mean_queue_time=counts.queue_time / counts.num_begun if counts.num_begun else 0.0,
     )

@@ -1,4 +1,4 @@
-"""Fixtures of kernel tests: `runner`, where kernels run, and `rng`."""
+"""Fixtures of kernel tests: `runner`, where kernels run, `host_build` for the CUDA backend over it, and `rng`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from host_device import H100, CupyArraysDevice, Launch, NumpyDevice
 
+from cupaged.backends import cuda
 from cupaged.backends.cuda import probe
 from cupaged.kernels.compile import SOURCE_DIR, load_from_cubin, set_loader
-from cupaged.kernels.device import device_info
+from cupaged.kernels.device import device_info, set_device_info
 from host.build import HostLoader, address_sanitizer_is_loaded, find_compiler
 from kernel_tools import GpuRunner, HostRunner
 
@@ -74,6 +76,29 @@ def runner(request):
     set_loader(loader)
     yield HostRunner(loader)
     set_loader(load_from_cubin)
+
+
+@pytest.fixture(params=[NumpyDevice, CupyArraysDevice])
+def host_build(request, runner, monkeypatch):
+    """(device, names of the kernels that were loaded); nothing is loaded ahead."""
+    if not hasattr(runner, "loader"):
+        pytest.skip("runs over the host build; a GPU has the tests of whole models")
+    device, loaded = request.param(runner), set()
+
+    def load(file, name):
+        loaded.add((file, name))
+        kernel = runner.loader(file, name)
+
+        def launch(grid, block, args, shared_mem=0):
+            device.launch(Launch(name, kernel, grid, block, args, shared_mem))
+
+        return launch
+
+    set_loader(load)
+    set_device_info(H100)
+    monkeypatch.setattr(cuda, "load_kernels", lambda kernels: None)
+    yield device, loaded
+    set_device_info(None)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 The models are those of tests/model, whose logits transformers computed in float32.
 """
 
-import ctypes
 import os
 import sys
 import threading
@@ -12,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from host_device import H100, CupyArraysDevice, NumpyDevice
 from model.conftest import Driver
 from model_tools import GOLDEN, MODELS, RoundingBackend, golden, mixed_steps, new_driver, rms
 from sampling_tools import make_rows, random_logits
@@ -29,128 +29,12 @@ from cupaged.engine.sampler import Sampler
 from cupaged.engine.sequence import Request
 from cupaged.errors import DeviceError, OutOfMemoryError
 from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32, HALF_TYPES
-from cupaged.kernels.compile import set_loader
 from cupaged.kernels.device import DeviceInfo, set_device_info
 from cupaged.kernels.tier import use_sm90
 from cupaged.memory.arena import KVArena, KVLayout
 from cupaged.sampling_params import SamplingParams
 from cupaged.weights.checkpoint import Checkpoint
 from cupaged.weights.packing import load_weights, parameter_shapes
-
-H100 = DeviceInfo("sm_90a", num_sms=132, max_shared_bytes=232448)
-
-
-class NumpyDevice:
-    """CupyDevice over NumPy arrays, with memory that starts as NaN.
-
-    Copies run as late as they may: when somebody waits for them or for a later one, when a kernel is launched or a
-    result is read. So a buffer that is filled again too early shows.
-    """
-
-    description = "a stand-in"
-
-    def __init__(self, runner):
-        self._runner = runner
-        self._copies: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def empty(self, shape, dtype):
-        return self._runner.empty(shape, dtype)
-
-    def pinned(self, num_bytes):
-        return self._runner.empty((num_bytes,), np.uint8)
-
-    def as_numpy(self, array):
-        """The array's memory as a NumPy array."""
-        return array
-
-    def start_copy(self, dst, src):
-        copy = self.as_numpy(dst).reshape(-1).view(np.uint8), src
-        self._copies.append(copy)
-
-        def wait():
-            while any(pending is copy for pending in self._copies):
-                self._run_first()
-
-        return wait
-
-    def copy(self, dst, src):
-        self.flush()
-        self.as_numpy(dst)[...] = self.as_numpy(src)
-
-    def flush(self):
-        while self._copies:
-            self._run_first()
-
-    def _run_first(self):
-        dst, src = self._copies.pop(0)
-        dst[:] = src
-
-    def to_host(self, src):
-        self.flush()
-        return self.as_numpy(src).copy()
-
-    def address(self, array):
-        return array.ctypes.data
-
-    def memory_info(self):
-        return 3_000_000_000, 4_000_000_000
-
-
-class CupyArraysDevice(NumpyDevice):
-    """CuPy's own arrays over the host's memory: without a GPU they can be sliced, reshaped, viewed and passed on. What
-    a launcher or the backend asks of an array, CuPy must be able to answer."""
-
-    def __init__(self, runner):
-        super().__init__(runner)
-        import cupy
-
-        self._cupy = cupy
-
-    def empty(self, shape, dtype):
-        with self._cupy.cuda.using_allocator(self._allocate):
-            return self._cupy.empty(shape, dtype)
-
-    def _allocate(self, num_bytes):
-        memory = self._runner.empty((num_bytes + 256,), np.uint8)
-        start = -memory.ctypes.data % 256  # as a GPU's memory is aligned
-        unowned = self._cupy.cuda.UnownedMemory(memory.ctypes.data, memory.nbytes, memory, 0)
-        return self._cupy.cuda.MemoryPointer(unowned, start)
-
-    def as_numpy(self, array):
-        if not isinstance(array, self._cupy.ndarray):
-            return array
-        if array.size == 0:
-            return np.empty(array.shape, array.dtype)
-        assert array.flags.c_contiguous
-        memory = (ctypes.c_uint8 * array.nbytes).from_address(array.data.ptr)
-        return np.frombuffer(memory, np.uint8).view(array.dtype).reshape(array.shape)
-
-    def address(self, array):
-        return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
-
-
-@pytest.fixture(params=[NumpyDevice, CupyArraysDevice])
-def host_build(request, runner, monkeypatch):
-    """(device, names of the kernels that were loaded); nothing is loaded ahead."""
-    if not hasattr(runner, "loader"):
-        pytest.skip("runs over the host build; a GPU has the tests of whole models")
-    device, loaded = request.param(runner), set()
-
-    def load(file, name):
-        loaded.add((file, name))
-        kernel = runner.loader(file, name)
-
-        def launch(grid, block, args, shared_mem=0):
-            device.flush()
-            kernel(grid, block, tuple(map(device.as_numpy, args)), shared_mem)
-
-        return launch
-
-    set_loader(load)
-    set_device_info(H100)
-    monkeypatch.setattr(cuda, "load_kernels", lambda kernels: None)
-    yield device, loaded
-    set_device_info(None)
 
 
 @pytest.fixture

@@ -1,0 +1,184 @@
+"""What decode steps are padded to, and when they are captured; tests/kernels/test_decode_graphs.py runs them."""
+
+import logging
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from fake_model import make_engine, params_of, prompt_of, run_all
+
+from cupaged.engine.batch import Batch
+from cupaged.engine.block_pool import NULL_BLOCK
+from cupaged.engine.decode_graphs import BATCH_SIZES, DecodeGraphs
+from cupaged.kernels.linear_small import MAX_ROWS
+
+
+class RecordingBackend:
+    """Its captures run what they recorded; `error` makes them fail."""
+
+    error: Exception | None = None
+    num_captures = num_launches = 0
+
+    def address(self, array):
+        return array.ctypes.data
+
+    def capture(self, function):
+        self.num_captures += 1
+        function()
+        if self.error is not None:
+            raise self.error
+
+        def launch():
+            self.num_launches += 1
+            function()
+
+        return launch
+
+
+class SumDecoder:
+    num_steps = 0
+
+    def forward(self, batch, arena):
+        self.num_steps += 1
+        return batch.token_ids[batch.logits_indices, None] + batch.positions.sum()
+
+
+def make_graphs(backend=None, decoder=None, *, block_size=16, max_num_seqs=256, max_model_len=1 << 20):
+    arena = SimpleNamespace(layout=SimpleNamespace(block_size=block_size))
+    return DecodeGraphs(
+        backend or RecordingBackend(),
+        decoder or SumDecoder(),
+        arena,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+    )
+
+
+def decode_batch(num_seqs: int, max_seq_len: int = 40, block_size: int = 16) -> Batch:
+    rng = np.random.default_rng(num_seqs)
+
+    def ids(*shape):
+        return rng.integers(1, 1000, shape).astype(np.int32)
+
+    seq_lens = rng.integers(1, max_seq_len + 1, num_seqs).astype(np.int32)
+    seq_lens[rng.integers(num_seqs)] = max_seq_len
+    return Batch(
+        token_ids=ids(num_seqs), positions=seq_lens - 1, slot_mapping=ids(num_seqs),
+        query_start_loc=np.arange(num_seqs + 1, dtype=np.int32), seq_lens=seq_lens,
+        block_tables=ids(num_seqs, -(-max_seq_len // block_size)),
+        logits_indices=rng.permutation(num_seqs).astype(np.int32), num_decodes=num_seqs, max_query_len=0,
+        max_seq_len=max_seq_len,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 8, 15, 100, 256, 512, 1000])
+def test_batches_are_padded_to_few_sizes(max_num_seqs):
+    graphs, sizes = make_graphs(max_num_seqs=max_num_seqs), set()
+    for n in range(1, max_num_seqs + 1):
+        batch = decode_batch(n)
+        padded = graphs.pad(batch)
+        if n > 512:
+            assert padded is batch
+            continue
+        size = padded.num_seqs
+        assert n <= size <= max_num_seqs
+        sizes.add(size)
+        # No edge between two matrix kernels lies between n and its size: it would change the sums' order.
+        assert -(-n // 8) == -(-size // 8) or (n > 256 and -(-n // 16) == -(-size // 16))
+        assert (n <= MAX_ROWS) == (size <= MAX_ROWS)
+
+        assert padded.num_decodes == padded.num_tokens == size
+        assert padded.max_query_len == 0
+        for name, padding in (("token_ids", 0), ("positions", 0), ("slot_mapping", -1), ("seq_lens", 0)):
+            array = getattr(padded, name)
+            assert array[:n].tolist() == getattr(batch, name).tolist()
+            assert array[n:].tolist() == [padding] * (size - n)
+        assert padded.logits_indices.tolist() == batch.logits_indices.tolist() + list(range(n, size))
+        assert padded.query_start_loc.tolist() == list(range(size + 1))
+        assert np.array_equal(padded.block_tables[:n, :3], batch.block_tables)
+        assert (padded.block_tables[n:] == NULL_BLOCK).all()
+        assert (padded.block_tables[:, 3:] == NULL_BLOCK).all()
+        for name, array in vars(padded).items():
+            if isinstance(array, np.ndarray):
+                assert (array.dtype, array.flags.c_contiguous) == (np.int32, True), name
+        assert graphs.pad(padded).block_tables.shape == padded.block_tables.shape  # a shape of its own
+    assert sizes == {size for size in BATCH_SIZES if size < max_num_seqs} | (
+        {max_num_seqs} if max_num_seqs <= 512 else set()
+    )
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [(1, 256), (255, 256), (256, 256), (257, 512), (512, 512), (513, 1000), (1000, 1000)],
+)
+@pytest.mark.parametrize("block_size", [8, 64])
+def test_lengths_are_padded_to_powers_of_two(length, expected, block_size):
+    graphs = make_graphs(block_size=block_size, max_model_len=1000)
+    padded = graphs.pad(decode_batch(3, length, block_size))
+    assert padded.max_seq_len == expected
+    assert padded.block_tables.shape == (4, -(-expected // block_size))
+
+
+def test_short_models_have_short_tables():
+    assert make_graphs(max_model_len=100).pad(decode_batch(3)).block_tables.shape == (4, 7)
+
+
+def test_other_steps_run_as_they_are():
+    backend, decoder = RecordingBackend(), SumDecoder()
+    graphs, batch = make_graphs(backend, decoder), decode_batch(6)
+    others = [
+        replace(batch, num_decodes=5, max_query_len=9),  # the last one is a prompt
+        replace(batch, logits_indices=batch.logits_indices[:5]),  # one sequence wants no logits
+        replace(batch, logits_indices=np.zeros(7, np.int32)),  # or several of one token's
+        decode_batch(257),
+    ]
+    others[-1].logits_indices = others[-1].logits_indices[:256]
+    for other in others:
+        assert graphs.pad(other) is other
+        for _ in range(2):
+            assert graphs.forward(other).shape[0] == other.logits_indices.shape[0]
+    assert (decoder.num_steps, backend.num_captures, graphs.num_graphs) == (8, 0, 0)
+
+
+def test_a_shape_is_captured_once():
+    backend, decoder = RecordingBackend(), SumDecoder()
+    graphs, batch = make_graphs(backend, decoder), make_graphs().pad(decode_batch(6))
+    first = graphs.forward(batch).copy()
+    assert (decoder.num_steps, backend.num_captures, backend.num_launches) == (2, 1, 0)
+    assert np.array_equal(graphs.forward(batch), first)
+    assert (backend.num_captures, backend.num_launches, graphs.num_graphs) == (1, 1, 1)
+
+    moved = replace(batch, token_ids=batch.token_ids.copy())  # no launch may be given arrays of other steps
+    longer = replace(batch, max_seq_len=512)
+    for other in (moved, longer):
+        graphs.forward(other)
+    assert (backend.num_captures, backend.num_launches, graphs.num_graphs) == (3, 1, 3)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("operation not permitted\nstack"), MemoryError()])
+def test_without_captures_steps_go_on(caplog, error):
+    backend = RecordingBackend()
+    graphs = make_graphs(backend)
+    captured, other = (graphs.pad(decode_batch(n)) for n in (6, 20))
+    graphs.forward(captured)
+    backend.error = error
+    with caplog.at_level(logging.WARNING):
+        expected = SumDecoder().forward(other, None)
+        for _ in range(3):
+            assert np.array_equal(graphs.forward(other), expected)
+        graphs.forward(graphs.pad(decode_batch(30)))
+    [record] = caplog.records
+    assert record.getMessage().endswith(("captured: operation not permitted", "captured: MemoryError"))
+    assert (backend.num_captures, graphs.num_graphs) == (2, 1)
+    graphs.forward(captured)
+    assert backend.num_launches == 1  # what is there is still used
+
+
+def test_the_cpu_captures_nothing():
+    engine = make_engine()
+    for i in range(3):
+        engine.add_request(str(i), prompt_of(5, i), params_of())
+    run_all(engine)
+    assert engine.stats().num_graphs == 0
+    assert engine.runner.decoder.batches[-1] == (3, [1, 1, 1])  # and pads nothing
