@@ -31,7 +31,7 @@ class Runner:
     """decoder: models.decoder.Decoder, or whatever has its `forward(batch, arena)` and `compute_logits(indices)`.
 
     vocab_size: ids from here on are never drawn. max_num_seqs: the most sequences a step may hold, and rows of logits.
-    window: the model's, in tokens; None for none. enforce_eager: don't run decode steps as graphs, where the backend has them.
+    window: the model's, in tokens; None for none. enforce_eager: no graphs of decode steps, where the backend has them.
     """
 
     def __init__(

@@ -117,6 +117,6 @@ def stats(engine: Engine) -> EngineStats:
         swap_space_bytes=engine.swap_arena.num_bytes if swap else 0,
         swapped_bytes=counts.swapped_bytes,
         swap_seconds=counts.swap_seconds,
-        num_graphs=engine.runner.num_graphs,
+        num_graphs=engine.runner.num_graphs if engine.runner else 0,  # none when it is closed
         mean_queue_time=counts.queue_time / counts.num_begun if counts.num_begun else 0.0,
     )

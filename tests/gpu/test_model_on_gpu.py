@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 from model.conftest import Driver
-from model_tools import MODELS, RoundingBackend, golden, mixed_steps, new_driver, rms
+from model_tools import MODELS, RoundingBackend, golden, mixed_steps, new_driver, new_engine, rms
 from sampling_tools import make_rows
 
 from cupaged import LLM, SamplingParams
 from cupaged.backends.base import SAMPLING_ROW
 from cupaged.backends.cuda import open_cuda, probe
 from cupaged.backends.reference import ReferenceBackend
+from cupaged.engine.decode_graphs import BATCH_SIZES
+from cupaged.engine.engine import Engine
 from cupaged.kernels.checks import BFLOAT16, HALF_TYPES
 from cupaged.weights.checkpoint import Checkpoint
 from cupaged.weights.packing import load_weights
@@ -289,6 +291,101 @@ def test_a_prompt_of_7000_tokens(smollm2_dir, texts, float32_driver):
     print(f"log probabilities are off by {error.max():.3f} at most, {error.mean():.3f} on average")
     assert gaps.max() < 1  # the chosen ones are float32's, or close
     assert error.mean() < 0.25
+
+
+# -- graphs ----------------------------------------------------------------------------------------------------
+
+
+def edge_sizes(max_num_seqs: int) -> list[int]:
+    """From max_num_seqs down to 1: of each captured size the most and the fewest sequences that it takes."""
+    sizes = [0, *(size for size in BATCH_SIZES if size < max_num_seqs), max_num_seqs]
+    return [edge for below, size in reversed(list(itertools.pairwise(sizes))) for edge in (size, below + 1)]
+
+
+def run_staggered(engine: Engine, sizes: list[int]) -> dict[str, Answer]:
+    """sizes[0] short prompts that enter together and leave so that sizes[k] sequences take part in step k + 1."""
+    for i in range(sizes[0]):
+        params = {"max_tokens": 1 + sum(i < size for size in sizes), "temperature": i % 2, "seed": i}
+        prompt = [3 + i] * (1 + i % 2)
+        engine.add_request(str(i), prompt, SamplingParams(**params, ignore_eos=True, logprobs=0))
+    return run_to_the_end(engine)
+
+
+def run_to_the_end(engine: Engine) -> dict[str, Answer]:
+    answers = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            [completion] = output.outputs
+            logprobs = [entry[t].logprob for entry, t in zip(completion.logprobs, completion.token_ids, strict=True)]
+            answers[output.request_id] = Answer(completion.token_ids, logprobs)
+    return answers
+
+
+@pytest.mark.parametrize("max_num_seqs", [26, 256])
+def test_graphs_give_the_bits_of_eager_steps_on_a_tiny_model(max_num_seqs):
+    sizes = edge_sizes(max_num_seqs)
+    answers = []
+    for enforce_eager in (True, False):
+        engine = new_engine(
+            "qwen3", open_cuda(BFLOAT16), max_num_seqs=max_num_seqs, num_blocks=4096, enforce_eager=enforce_eager
+        )
+        answers.append(run_staggered(engine, sizes))
+        assert engine.stats().num_graphs == (0 if enforce_eager else len(sizes) / 2)
+        engine.close()
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("own_stream", [False, True])
+def test_graphs_on_the_default_stream_and_on_another(own_stream):
+    """Of which the first can't be captured."""
+    import contextlib
+
+    import cupy
+
+    answers = []
+    for enforce_eager in (True, False):
+        with cupy.cuda.Stream(non_blocking=True) if own_stream else contextlib.nullcontext():
+            engine = new_engine("qwen3", open_cuda(BFLOAT16), enforce_eager=enforce_eager)
+            answers.append(run_staggered(engine, edge_sizes(8)))
+            assert engine.stats().num_graphs == (0 if enforce_eager else 4)
+            engine.close()
+    assert answers[0] == answers[1]
+
+
+def test_graphs_give_the_bits_of_eager_steps_on_a_real_model(smollm2_dir):
+    import cupy
+
+    sizes, answers = edge_sizes(256), []
+    for enforce_eager in (True, False):
+        with LLM(smollm2_dir, device="cuda", max_model_len=2048, enforce_eager=enforce_eager) as llm:
+            pool, runtime = cupy.get_default_memory_pool(), cupy.cuda.runtime
+            before = runtime.memGetInfo()[0] + pool.total_bytes()
+            answers.append(run_staggered(llm.engine, sizes))
+            taken, num_graphs = before - runtime.memGetInfo()[0] - pool.total_bytes(), llm.engine.stats().num_graphs
+            assert num_graphs == (0 if enforce_eager else len(sizes) / 2)
+            print(f"{num_graphs} graphs; the driver took {taken / 2**20:.0f} MiB")
+    assert answers[0] == answers[1]
+    assert taken < 0.5 * 2**30
+
+
+def test_graphs_of_growing_sequences(smollm2_dir):
+    """Over the edges of the lengths that steps are captured for, in a cache that grows and shrinks."""
+    answers = []
+    for enforce_eager in (True, False):
+        with LLM(smollm2_dir, device="cuda", max_model_len=2048, enforce_eager=enforce_eager) as llm:
+            engine = llm.engine
+            for turn in range(2):
+                for i, length in enumerate((3, 240, 500, 1010, 2000)):
+                    params = SamplingParams(max_tokens=40, logprobs=0, **GREEDY)
+                    engine.add_request(f"{turn} {i}", [(7 * i + j + turn) % 1000 + 10 for j in range(length)], params)
+                    engine.step()
+                answers.append(run_to_the_end(engine))
+                engine.trim()
+            assert (engine.stats().num_graphs == 0) == enforce_eager
+    assert answers[:2] == answers[2:]
+
+
+# -- what people see -------------------------------------------------------------------------------------------
 
 
 def test_one_prompt_takes_little_memory(smollm2_dir):
