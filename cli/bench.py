@@ -92,7 +92,7 @@ def _with(options: Sequence[Callable]) -> Callable[[Callable], Callable]:
     return lambda command: add_options(command, options)
 
 
-def _engine_options(command: Callable) -> Callable:
+def _all_engine_options(command: Callable) -> Callable:
     return add_options(engine_options(model_options(command)), [_LOAD_FORMAT, *_ENGINE_LIMITS])
 
 
@@ -110,7 +110,7 @@ def bench() -> None:
 @click.option("--prompt-len", type=_COUNT, default=128, show_default=True)
 @click.option("--output-len", type=click.IntRange(min=2), default=128, show_default=True)
 @_with([_REPEATS, _WARMUP, _SEED, _JSON])
-@_engine_options
+@_all_engine_options
 @click.pass_context
 def latency(
     ctx, batches, prompt_len, output_len, repeats, warmup, seed, json_file, model, load_format, **options
@@ -144,7 +144,7 @@ def latency(
 @bench.command(epilog=REQUEST_FILE)
 @_with([*_WORKLOAD, _REPEATS, _WARMUP, _SEED, _JSON])
 @click.option("--n", type=_COUNT, default=1, show_default=True, help="Outputs of each prompt.")
-@_engine_options
+@_all_engine_options
 @click.pass_context
 def throughput(
     ctx,
@@ -184,7 +184,7 @@ def throughput(
 @bench.command(epilog=REQUEST_FILE)
 @click.option("--request-rate", type=float, required=True, help="Requests a second, on average.")
 @_with([*_WORKLOAD, _SEED, _JSON])
-@_engine_options
+@_all_engine_options
 @click.pass_context
 def serve(
     ctx, request_rate, requests, num_requests, prompt_len, output_len, seed, json_file, model, load_format, **options
@@ -216,7 +216,7 @@ def serve(
 
 @bench.command()
 @_with([_REPEATS, _JSON])
-@_engine_options
+@_all_engine_options
 @click.pass_context
 def startup(ctx, repeats, json_file, model, load_format, **options) -> None:
     """From the start of a process to its first token, with a cold and with a warm kernel cache.

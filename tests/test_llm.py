@@ -439,8 +439,9 @@ def test_prompts_that_begin_alike_are_computed_once(llm):
 def test_options_of_sharing_and_of_service(model_dir):
     with LLM(
         model_dir, device="cpu", block_size=8, enable_prefix_caching=False, scheduling_policy="priority",
-        max_num_seqs=1, max_queue_len=3, debug=True,
+        max_num_seqs=1, max_queue_len=3, debug=True, enforce_eager=True,
     ) as llm:  # fmt: skip
+        assert llm.engine.config.enforce_eager
         text = "a prompt of many tokens"
         assert [llm.generate(text, SHORT)[0].num_cached_tokens for _ in range(2)] == [0, 0]
         outputs = llm.generate(["a", "b", "c"], SHORT, priority=[3, 1, 2])
