@@ -56,6 +56,7 @@ class StandInBackend:
     name = "cpu"
     description = "stand-in"
     dtype = np.dtype(np.float32)
+    has_graphs = False
 
     def __init__(self, model: StandInModel, seed: int):
         self._model = model

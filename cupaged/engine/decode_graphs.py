@@ -91,7 +91,7 @@ class DecodeGraphs:
             launch, logits = graph
             launch()
             return logits
-        logits = self._decoder.forward(batch, self._arena)  # loads the kernels as well, which a capture can't
+        logits = self._decoder.forward(batch, self._arena)  # sets up what launches need, which a capture can't
         if self._can_capture:
             self._capture(key, batch)
         return logits
