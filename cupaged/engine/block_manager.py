@@ -59,6 +59,14 @@ class BlockManager:
             and seq.prefix[num_found].digest in self._computing
         )
 
+    def end_of_room(self, num_cached_tokens: int, num_tokens: int, limit: int) -> int:
+        """Up to which token a sequence gets room at once that is to compute all up to `num_tokens` after so many cached
+        ones, at most `limit` a step: up to the last; with a window only as much as it holds at a time, from the first
+        token that the next one attends to, since more blocks leave the window as it gets on."""
+        if self.window is None:
+            return num_tokens
+        return min(num_tokens, max(0, num_cached_tokens + 1 - self.window) + self.window + limit)
+
     def admit(self, seq: Sequence, found: list[Block], num_tokens: int, spare: int) -> bool:
         """Let `seq` begin with the blocks `found` and make room up to token `num_tokens`; False, and nothing taken,
         unless `spare` blocks are left then.

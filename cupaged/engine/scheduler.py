@@ -32,9 +32,10 @@ class Scheduler:
 
     - What runs comes first, each sequence with one token at least. What that leaves of the token budget goes to
       prompts, in chunks if need be, in the order of service. A prompt is admitted only while budget is left.
-    - A prompt's blocks are taken at its admission, all or none, and only if as many are left as sequences run, so
-      that each can grow by one, and as a preempted group's sequences need again for their outputs: an admission that
-      must be undone a few steps later helps nobody. A block for output is taken when the last one is full.
+    - A prompt's blocks are taken at its admission, all or none (with a sliding window those that it holds at a time),
+      and only if as many are left as sequences run, so that each can grow by one, and as a preempted group's sequences
+      need again for their outputs: an admission that must be undone a few steps later helps nobody. A block for output
+      is taken when the last one is full.
     - When there is none, the last in service is preempted: it loses its blocks and goes back to its place in
       `waiting`. The first one therefore always gets on, and every request becomes the first some day, unless requests
       of higher priority never end.
@@ -112,7 +113,7 @@ class Scheduler:
                 break
             spare = self.watermark * (self._num_running_seqs + len(others)) if self.running else 0
             if request.is_swapped:
-                if len(request.active) <= budget and self.swap.swap_in(request, spare):
+                if len(request.active) <= budget and self.swap.swap_in(request, spare, budget):
                     self._resume_first()
                     budget -= self._extend(request, budget, work)
                 elif self.running:
@@ -126,9 +127,11 @@ class Scheduler:
                 break
             if self.running:
                 spare += self._num_blocks_to_fork(request)
-            if self.blocks.admit(leader, found, num_tokens, spare):
+            num_cached_tokens = len(found) * self.blocks.block_size
+            end = self.blocks.end_of_room(num_cached_tokens, num_tokens, budget)
+            if self.blocks.admit(leader, found, end, spare):
                 self._admit_first()
-                num_tokens = min(num_tokens - leader.num_cached_tokens, budget)
+                num_tokens = min(num_tokens - num_cached_tokens, budget)
                 self.blocks.expect(leader, num_tokens)
                 work.append((leader, num_tokens))
                 budget -= num_tokens
@@ -317,10 +320,11 @@ class Scheduler:
             request = self.waiting[0]
             leader, *others = request.unfinished
             if request.is_swapped:
-                num_blocks = self.swap.num_blocks_to_resume(request)
+                num_blocks = self.swap.num_blocks_to_resume(request, self.max_num_batched_tokens)
             else:
                 num_tokens = request.num_shared_tokens if others else len(leader.token_ids)
-                num_blocks = -(-num_tokens // self.blocks.block_size) + self._num_blocks_to_fork(request)
+                end = self.blocks.end_of_room(0, num_tokens, self.max_num_batched_tokens)
+                num_blocks = -(-end // self.blocks.block_size) + self._num_blocks_to_fork(request)
             # Those that run on may take a block each before it is admitted, and the watermark is to be left then.
             num_blocks += self._num_running_seqs + self.watermark * (self._num_running_seqs + len(others))
             if len(others) < len(self._free_rows) and self.blocks.pool.can_allocate(num_blocks):

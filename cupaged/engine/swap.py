@@ -86,21 +86,22 @@ class SwapSpace:
         self.pool.free(kept)  # the tables hold them now
         return True
 
-    def num_blocks_to_resume(self, request: Request) -> int:
-        """Blocks of the cache that `request` needs to come back and compute all that it has not computed."""
+    def num_blocks_to_resume(self, request: Request, limit: int) -> int:
+        """Blocks of the cache that `request` needs to come back and compute all that it has not computed, each sequence
+        at most `limit` tokens a step."""
         block_size = self.blocks.block_size
         needed, written = len(_distinct(seq.swapped_table for seq in request.active)), Counter()
         for seq in request.active:
-            needed += -(-request.num_wanted_tokens(seq) // block_size) - len(seq.swapped_table)
+            needed += self._num_blocks(seq, limit) - len(seq.swapped_table)
             if seq.num_cached_tokens % block_size:
                 written[seq.swapped_table[-1]] += 1
         return needed + sum(sharers - 1 for sharers in written.values())  # all but one of them get a copy
 
-    def swap_in(self, request: Request, spare: int) -> bool:
-        """Give `request` its blocks back, and room for all that it has not computed; False, and nothing done, unless
-        `spare` blocks are left then."""
-        pool, block_size = self.blocks.pool, self.blocks.block_size
-        if not pool.can_allocate(self.num_blocks_to_resume(request) + spare):
+    def swap_in(self, request: Request, spare: int, limit: int) -> bool:
+        """Give `request` its blocks back, and room for all that it has not computed, each sequence at most `limit`
+        tokens a step; False, and nothing done, unless `spare` blocks are left then."""
+        pool = self.blocks.pool
+        if not pool.can_allocate(self.num_blocks_to_resume(request, limit) + spare):
             return False
         kept = _distinct(seq.swapped_table for seq in request.active)
         restored = pool.allocate(len(kept))
@@ -109,8 +110,7 @@ class SwapSpace:
         for seq in request.active:
             table = [block_of[block_id] for block_id in seq.swapped_table]
             pool.share(table)
-            missing = -(-request.num_wanted_tokens(seq) // block_size) - len(table)
-            seq.block_table = table + pool.allocate(missing)
+            seq.block_table = table + pool.allocate(self._num_blocks(seq, limit) - len(table))
             # It has other blocks now, which can be found when they are written; unless the first are not there, on
             # which the others hang.
             seq.num_registered_blocks = 0
@@ -144,6 +144,11 @@ class SwapSpace:
         self._outs.clear()
         self._ins.clear()
         self.pool.free_all()
+
+    def _num_blocks(self, seq: Sequence, limit: int) -> int:
+        """How many its table has when it is back."""
+        num_tokens = seq.request.num_wanted_tokens(seq)
+        return -(-self.blocks.end_of_room(seq.num_cached_tokens, num_tokens, limit) // self.blocks.block_size)
 
     def _computed_blocks(self, seq: Sequence) -> list[int]:
         """Where what `seq` has computed lies now: one of the blocks may be a copy that is not made yet."""

@@ -73,6 +73,50 @@ def test_what_has_left_the_window_makes_room_for_others():
     assert peak_running(sliding_window=10) > 2 * peak_running()
 
 
+@pytest.mark.parametrize("window", [1, 8, 21, 64])
+@pytest.mark.parametrize("chunk", [1, BLOCK_SIZE, 13, 40])
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_a_long_prompt_holds_no_more_than_the_window_and_a_chunk(window, chunk, mode):
+    """When it is admitted, chunk by chunk, and when it comes back in the middle."""
+    engine = make_engine(
+        model=model_with(sliding_window=window),
+        max_num_batched_tokens=chunk,
+        enable_prefix_caching=False,
+        preemption_mode=mode,
+        swap_space_bytes=1 << 20,
+    )
+    engine.add_request("x", prompt_of(400), greedy(3))
+    most = 0
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        audit(engine)
+        most = max(most, engine.stats().peak_used_blocks)
+        if engine.stats().num_preemptions == 0 and engine.scheduler.running[0].active[0].num_cached_tokens > 200:
+            preempt(engine, engine.scheduler.running[0])
+    assert most <= 1 + -(-(chunk + window) // BLOCK_SIZE)
+    assert tokens(outputs[0]) == [expected_output(prompt_of(400), 3, ignore_eos=True, window=window)]
+
+
+def test_long_prompts_run_at_once_in_a_cache_that_holds_one_of_them():
+    def most_running(**fields):
+        engine = make_engine(num_blocks=64, model=model_with(**fields), max_num_batched_tokens=64)
+        for i in range(4):
+            engine.add_request(str(i), prompt_of(450, salt=i), greedy(20))
+        most, outputs = 0, {}
+        while engine.has_unfinished_requests():
+            outputs |= {output.request_id: output for output in engine.step()}
+            audit(engine)
+            most = max(most, engine.stats().num_running)
+        assert engine.stats().num_preemptions == 0
+        for i in range(4):
+            expected = expected_output(prompt_of(450, salt=i), 20, ignore_eos=True, window=fields["sliding_window"])
+            assert tokens(outputs[str(i)]) == [expected]
+        return most
+
+    assert most_running(sliding_window=None) == 1
+    assert most_running(sliding_window=30) == 4
+
+
 @pytest.mark.parametrize("window", [3, 8, 13, 30])
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("mode", ["recompute", "swap"])
