@@ -16,96 +16,14 @@
 //           Not yet measured.
 #include "common.cuh"
 #include "linear_epilogue.cuh"
+#include "linear_tile.cuh"
 #include "ptx.cuh"
 
-constexpr int kTileK = 64;                  // elements of k in a stage: 128 bytes, so that a row meets every bank once
-constexpr int kChunk = 8;                   // elements in 16 bytes, the unit of copies and of ldmatrix
-constexpr int kRowChunks = kTileK / kChunk;
-constexpr int kStepK = 16;                  // elements of k in one mma
-constexpr int kGroupM = 8;                  // token tiles that are walked together before the next weight tile
-
-struct alignas(8) Pair {  // neighbours in a row, as an mma leaves them: one 8-byte store
-  float first, second;
-};
+constexpr int kStepK = 16;  // elements of k in one mma
 
 // The number of floats in a row of the epilogue's tile. The 8 extra ones keep the warps' pairs free of conflicts.
 template <int kTileN>
 constexpr int kStagedRow = kTileN + 8;
-
-// Copies a [kRows, 64] part of a row-major matrix into a stage. Rows at or past num_rows and columns at or past k
-// are filled with zeros and not read.
-template <typename scalar_t, int kRows, int kThreads>
-struct TileCopier {
-  static constexpr int kRowsAtOnce = kThreads / kRowChunks;
-  static_assert(kRows % kRowsAtOnce == 0, "every thread copies the same number of chunks");
-  static_assert(kRowsAtOnce % 8 == 0, "a thread's chunks have the same place in their rows");
-
-  const scalar_t* source;  // this thread's chunk in row `row`
-  long long stride;        // elements from one of its rows to the next
-  int row, num_rows, column, k;
-  int destination;  // elements from the stage's start
-
-  __device__ __forceinline__ TileCopier(const scalar_t* matrix, int first_row, int num_rows, int k)
-      : row(first_row + threadIdx.x / kRowChunks), num_rows(num_rows), k(k) {
-    const int local_row = threadIdx.x / kRowChunks;
-    const int chunk = threadIdx.x % kRowChunks;
-    column = chunk * kChunk;
-    source = matrix + (long long)row * k + column;
-    stride = (long long)kRowsAtOnce * k;
-    destination = (local_row * kRowChunks + (chunk ^ local_row % 8)) * kChunk;
-  }
-
-  // Starts copying the next 64 columns to `stage`.
-  __device__ __forceinline__ void copy(scalar_t* stage) {
-#pragma unroll
-    for (int i = 0; i < kRows / kRowsAtOnce; ++i)
-      cp_async_16(stage + destination + i * kRowsAtOnce * kTileK, source + i * stride,
-                  row + i * kRowsAtOnce < num_rows && column < k);
-    source += kTileK;
-    column += kTileK;
-  }
-};
-
-// Adds bias and, if asked for, what out holds to the tile's results [kTileM, kColumns], which lie kStride floats apart in
-// shared memory, and stores them. The first is that of row first_row and column first_column of out.
-template <int kTileM, int kColumns, int kStride, int kThreads, typename out_t, typename scalar_t>
-__device__ __forceinline__ void store_tile(out_t* out,             // [num_rows, num_columns]
-                                           const float* staged,
-                                           const scalar_t* bias,  // [num_columns], or null
-                                           int first_row, int num_rows, int first_column, int num_columns,
-                                           bool accumulate) {
-  constexpr int kVec = Vec<out_t>::kSize;
-  const bool whole_vectors = num_columns % kVec == 0;  // else rows of out don't start at multiples of 16 bytes
-  for (int i = threadIdx.x; i < kTileM * kColumns / kVec; i += kThreads) {
-    const int row = i / (kColumns / kVec);
-    const int column = i % (kColumns / kVec) * kVec;
-    const int count = first_row + row < num_rows ? min(kVec, num_columns - first_column - column) : 0;
-    const float* results = staged + row * kStride + column;
-    out_t* place = out + (long long)(first_row + row) * num_columns + first_column + column;
-    Vec<out_t> result = {};  // first what is added to
-    if (accumulate && whole_vectors && count == kVec) {
-      result = load_vec(place);
-    } else if (accumulate) {
-#pragma unroll
-      for (int e = 0; e < kVec; ++e)
-        if (e < count) result.data[e] = place[e];
-    }
-#pragma unroll
-    for (int e = 0; e < kVec; ++e) {
-      float value = results[e];
-      if (bias != nullptr && e < count) value += to_float(bias[first_column + column + e]);
-      if (accumulate) value += to_float(result.data[e]);
-      result.data[e] = from_float<out_t>(value);
-    }
-    if (whole_vectors && count == kVec) {
-      store_vec(place, result);
-    } else {
-#pragma unroll
-      for (int e = 0; e < kVec; ++e)
-        if (e < count) place[e] = result.data[e];
-    }
-  }
-}
 
 // Grid: one thread block a tile, ceil(m / kTileM) * ceil(n / kTileN) in one dimension.
 // PRECOND: k % 8 == 0, and x, weight and out start at multiples of 16 bytes.
@@ -138,21 +56,13 @@ linear(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [m, n /
   DYNAMIC_SHARED(shared);
   scalar_t* ring = reinterpret_cast<scalar_t*>(shared);  // [kStages][kTileM rows of x, then kTileN rows of weight][64]
 
-  // Which tile: kGroupM token tiles by all weight tiles make a group, and in a group the token tile runs fastest.
-  const int tiles_m = ceil_div(m, kTileM);
-  const int tiles_n = ceil_div(n, kTileN);
-  const int group = blockIdx.x / (kGroupM * tiles_n);
-  const int place = blockIdx.x % (kGroupM * tiles_n);
-  const int group_rows = min(kGroupM, tiles_m - group * kGroupM);
-  const int first_token = (group * kGroupM + place % group_rows) * kTileM;
-  const int first_output = place / group_rows * kTileN;
-
+  const TilePlace<kTileM, kTileN> place(blockIdx.x, m, n);
   const int lane = threadIdx.x % kWarpSize;
   const int warp_m = threadIdx.x / kWarpSize / kWarpsN * kWarpM;  // the warp's first token within the tile
   const int warp_n = threadIdx.x / kWarpSize % kWarpsN * kWarpN;  // and its first output
 
-  TileCopier<scalar_t, kTileM, kThreads> x_copier(x, first_token, m, k);
-  TileCopier<scalar_t, kTileN, kThreads> weight_copier(weight, first_output, n, k);
+  TileCopier<scalar_t, kTileM, kThreads> x_copier(x, place.first_token, m, k);
+  TileCopier<scalar_t, kTileN, kThreads> weight_copier(weight, place.first_output, n, k);
   const int num_tiles_k = ceil_div(k, kTileK);
   auto copy_stage = [&](int tile) {
     if (tile < num_tiles_k) {
@@ -230,9 +140,9 @@ linear(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [m, n /
   __syncthreads();
 
   if (gated)
-    store_tile<kTileM, kTileN / 2, kStagedRow<kTileN>, kThreads>(out, staged, bias, first_token, m, first_output / 2,
-                                                                 n / 2, false);
+    store_tile<kTileM, kTileN / 2, kStagedRow<kTileN>, kThreads>(out, staged, bias, threadIdx.x, place.first_token, m,
+                                                                 place.first_output / 2, n / 2, false);
   else
-    store_tile<kTileM, kTileN, kStagedRow<kTileN>, kThreads>(out, staged, bias, first_token, m, first_output, n,
-                                                             accumulates<out_t>(epilogue));
+    store_tile<kTileM, kTileN, kStagedRow<kTileN>, kThreads>(out, staged, bias, threadIdx.x, place.first_token, m,
+                                                             place.first_output, n, accumulates<out_t>(epilogue));
 }

@@ -25,6 +25,7 @@ from cupaged.kernels.copy_blocks import copy_blocks
 from cupaged.kernels.device import device_info
 from cupaged.kernels.embedding import embedding
 from cupaged.kernels.linear import linear, linear_silu_and_mul
+from cupaged.kernels.linear_sm90 import MIN_ROWS, linear_sm90, linear_sm90_silu_and_mul
 from cupaged.kernels.linear_small import MAX_ROWS, linear_small, linear_small_silu_and_mul
 from cupaged.kernels.logits import edit_logits, keep_allowed
 from cupaged.kernels.logprobs import logprobs
@@ -126,6 +127,18 @@ def open_cuda(dtype) -> CudaBackend:
     if not found.usable:
         raise DeviceError(f"device 'cuda' can't be used: {found.text}")
     return CudaBackend(CupyDevice(), dtype)
+
+
+class LinearKernels(NamedTuple):
+    """What computes Backend.linear and Backend.linear_silu_and_mul."""
+
+    linear: Callable[..., None]
+    silu_and_mul: Callable[..., None]
+
+
+SMALL = LinearKernels(linear_small, linear_small_silu_and_mul)
+PORTABLE = LinearKernels(linear, linear_silu_and_mul)
+SM90 = LinearKernels(linear_sm90, linear_sm90_silu_and_mul)
 
 
 class CupyDevice:
@@ -252,7 +265,7 @@ class CudaBackend:
         self._batch_staging: PinnedRing | None = None
         self._batch_buffer: Array | None = None  # uint8: all arrays of a batch
         self._decode_workspace: Array | None = None  # uint8: the partial results of split sequences
-        self._prefill_kernels = KERNELS
+        self._sm90 = False  # whether Hopper's own kernels take the portable ones' place
 
     # -- memory --------------------------------------------------------------------------------------------
 
@@ -310,9 +323,8 @@ class CudaBackend:
         compile_kernels(list(needed_kernels(self.dtype, config.head_dim, use_sm90())), device_info().arch)
 
     def reserve(self, config: ModelConfig, max_num_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
-        sm90 = use_sm90()
-        load_kernels(needed_kernels(self.dtype, config.head_dim, sm90))
-        self._prefill_kernels = KERNELS_SM90 if sm90 else KERNELS
+        self._sm90 = use_sm90()
+        load_kernels(needed_kernels(self.dtype, config.head_dim, self._sm90))
 
         num_bytes = decode_workspace_size(
             max_num_seqs, config.num_heads, config.num_kv_heads, config.head_dim, max_model_len
@@ -369,10 +381,15 @@ class CudaBackend:
     def linear(
         self, out: Array, x: Array, weight: Array, bias: Array | None = None, *, accumulate: bool = False
     ) -> None:
-        (linear_small if x.shape[0] <= MAX_ROWS else linear)(out, x, weight, bias, accumulate=accumulate)
+        self._linear_kernels(x.shape[0]).linear(out, x, weight, bias, accumulate=accumulate)
 
     def linear_silu_and_mul(self, out: Array, x: Array, weight: Array) -> None:
-        (linear_small_silu_and_mul if x.shape[0] <= MAX_ROWS else linear_silu_and_mul)(out, x, weight)
+        self._linear_kernels(x.shape[0]).silu_and_mul(out, x, weight)
+
+    def _linear_kernels(self, num_rows: int) -> LinearKernels:
+        if num_rows <= MAX_ROWS:
+            return SMALL
+        return SM90 if self._sm90 and num_rows >= MIN_ROWS else PORTABLE
 
     def paged_attention(
         self,
@@ -394,7 +411,7 @@ class CudaBackend:
         if batch.num_decodes < batch.num_seqs:
             paged_prefill(
                 out, qkv, arena, layer, *sequences, batch.query_start_loc,
-                max_query_len=batch.max_query_len, kernels=self._prefill_kernels, **common,
+                max_query_len=batch.max_query_len, kernels=KERNELS_SM90 if self._sm90 else KERNELS, **common,
             )  # fmt: skip
 
     # -- sampling ------------------------------------------------------------------------------------------

@@ -90,3 +90,32 @@ def linear_small_tile(m: int, n: int, device: DeviceInfo) -> LinearSmallTile:
     row_tiles = 2 if ceil_div(n, 32) >= 2 * device.num_sms else 1
     token_tiles = ceil_div(m, 8)
     return next(tile for tile in LINEAR_SMALL_TILES if (tile.row_tiles, tile.token_tiles) == (row_tiles, token_tiles))
+
+
+@dataclass(frozen=True)
+class LinearSm90Tile:
+    """Template arguments of linear_sm90.cu."""
+
+    tile_n: int  # outputs
+    stages: int
+    tile_m = 128  # tokens
+
+    @property
+    def shared_bytes(self) -> int:
+        """The ring at a multiple of 1,024 bytes, 16 rows of 36 floats a multiplying warp, two barriers a stage."""
+        ring = self.stages * (self.tile_m + self.tile_n) * LINEAR_TILE_K * 2
+        return 1024 + ring + 8 * 16 * 36 * 4 + self.stages * 2 * 8
+
+
+LINEAR_SM90_TILES = (LinearSm90Tile(tile_n=256, stages=4), LinearSm90Tile(tile_n=128, stages=6))
+
+
+@functools.lru_cache(maxsize=4096)
+def linear_sm90_tile(m: int, n: int, device: DeviceInfo) -> LinearSm90Tile:
+    """The tile with which the busiest SM draws the fewest rows from L2, on the guess that these bound it."""
+
+    def rows(tile: LinearSm90Tile) -> int:
+        num_tiles = ceil_div(m, tile.tile_m) * ceil_div(n, tile.tile_n)
+        return ceil_div(num_tiles, device.num_sms) * (tile.tile_m + tile.tile_n)
+
+    return min(LINEAR_SM90_TILES, key=rows)

@@ -273,6 +273,54 @@ MUTATIONS = (
         "b + part",
         PREFILL,
     ),
+    Mutation(
+        HOPPER, "linear_sm90.cu", "a stage is filled again before its products are done",
+        "        if (step >= kStages) mbarrier_wait(empty + step % kStages, (step / kStages - 1) % 2);\n",
+        "",
+        ("linear_sm90",),
+    ),
+    Mutation(
+        HOPPER, "linear_sm90.cu", "products begin before their stage has arrived",
+        "        mbarrier_wait(full + step % kStages, step / kStages % 2);\n",
+        "",
+        ("linear_sm90",),
+    ),
+    Mutation(
+        HOPPER, "linear_sm90.cu", "the parity of a stage's barrier stays that of its first use",
+        "mbarrier_wait(full + step % kStages, step / kStages % 2);",
+        "mbarrier_wait(full + step % kStages, 0);",
+        ("linear_sm90",),
+    ),
+    Mutation(
+        HOPPER, "linear_sm90.cu", "copies are not made visible to wgmma",
+        "      fence_proxy_async();\n",
+        "",
+        ("linear_sm90",),
+    ),
+    Mutation(
+        HOPPER, "linear_sm90.cu", "a stage is given back while its products are under way",
+        "        if (i > 0) release(step - 1);\n      }\n      wgmma_wait_group<0>();\n      release(step - 1);\n",
+        "        release(step);\n      }\n      wgmma_wait_group<0>();\n",
+        ("linear_sm90",),
+    ),
+    Mutation(
+        HOPPER, "linear_sm90.cu", "a tile's last stage is not given back",
+        "      wgmma_wait_group<0>();\n      release(step - 1);\n",
+        "      wgmma_wait_group<0>();\n",
+        ("linear_sm90",),
+    ),
+    Mutation(
+        HOPPER, "linear_sm90.cu", "the sums are stored before they are there",
+        "      wgmma_wait_group<0>();\n      release(step - 1);\n",
+        "      release(step - 1);\n",
+        ("linear_sm90",),
+    ),
+    Mutation(
+        HOPPER, "linear_sm90.cu", "a warp's columns are overwritten while its lanes still store them",
+        "        __syncwarp();  // the last columns have been read\n",
+        "",
+        ("linear_sm90",),
+    ),
     # -- warp collectives ---------------------------------------------------------------------------------------
     Mutation(
         WARP, "common.cuh", "warp_max and warp_sum with half a mask",
@@ -384,7 +432,7 @@ MUTATIONS = (
         DECODE,
     ),
     Mutation(
-        INDEX, "linear.cu", "the last group of token tiles is taken for a whole one",
+        INDEX, "linear_tile.cuh", "the last group of token tiles is taken for a whole one",
         "min(kGroupM, tiles_m - group * kGroupM)",
         "kGroupM",
         ("linear",),
@@ -403,8 +451,8 @@ MUTATIONS = (
     ),
     Mutation(
         INDEX, "linear.cu", "the activated columns are counted as those of the products",
-        "first_token, m, first_output / 2,",
-        "first_token, m, first_output,",
+        "place.first_output / 2, n / 2, false);",
+        "place.first_output, n / 2, false);",
         ("linear",),
     ),
     Mutation(
@@ -421,19 +469,19 @@ MUTATIONS = (
         ("rms_norm",),
     ),
     Mutation(
-        EDGE, "linear.cu", "one chunk past the row is copied",
+        EDGE, "linear_tile.cuh", "one chunk past the row is copied",
         "row + i * kRowsAtOnce < num_rows && column < k",
         "row + i * kRowsAtOnce < num_rows && column <= k",
         ("linear",),
     ),
     Mutation(
-        EDGE, "linear.cu", "one row past the last is copied",
+        EDGE, "linear_tile.cuh", "one row past the last is copied",
         "row + i * kRowsAtOnce < num_rows && column < k",
         "row + i * kRowsAtOnce <= num_rows && column < k",
         ("linear",),
     ),
     Mutation(
-        EDGE, "linear.cu", "one token past the last is stored",
+        EDGE, "linear_epilogue.cuh", "one token past the last is stored",
         "first_row + row < num_rows ?",
         "first_row + row <= num_rows ?",
         ("linear",),
@@ -511,13 +559,13 @@ MUTATIONS = (
         ("logits",),
     ),
     Mutation(
-        EDGE, "linear.cu", "rows that don't start at multiples of 16 bytes are stored 16 bytes at a time",
+        EDGE, "linear_epilogue.cuh", "rows that don't start at multiples of 16 bytes are stored 16 bytes at a time",
         "if (whole_vectors && count == kVec) {",
         "if (count == kVec) {",
         ("linear",),
     ),
     Mutation(
-        EDGE, "linear.cu", "what is added to is read 16 bytes at a time from rows that don't start there",
+        EDGE, "linear_epilogue.cuh", "what is added to is read 16 bytes at a time from rows that don't start there",
         "if (accumulate && whole_vectors && count == kVec) {",
         "if (accumulate && count == kVec) {",
         ("linear",),
@@ -584,7 +632,7 @@ MUTATIONS = (
         ("linear",),
     ),
     Mutation(
-        STATE, "linear.cu", "what out holds is not added",
+        STATE, "linear_epilogue.cuh", "what out holds is not added",
         "      if (accumulate) value += to_float(result.data[e]);\n",
         "",
         ("linear",),

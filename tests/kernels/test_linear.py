@@ -195,6 +195,14 @@ def gated(runner, operation, x, gate, up, tile) -> np.ndarray:
     return buffer[GUARD : GUARD + len(x)]
 
 
+def gate_and_up(rng, m: int, n: int, k: int, dtype):
+    """x, gate and up, with outliers."""
+    x, up, _ = operands(rng, m, n, k, dtype, False)
+    gate = (rng.standard_normal((n, k)) / np.sqrt(k)).astype(dtype)  # where silu is neither 0 nor the gate itself
+    gate[0, 0] = gate[-1, -1] = 0.125  # with the 50 in x an outlier, and no product beyond float16
+    return x, gate, up
+
+
 def silu(gate: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         return gate / (1 + np.exp(-gate))
@@ -202,15 +210,16 @@ def silu(gate: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("operation", "m", "n", "k", "dtype", "tile"), list(gated_cases()))
 def test_silu_and_mul_of_products_match_the_formula(runner, rng, operation, m, n, k, dtype, tile):
-    x, up, _ = operands(rng, m, n, k, dtype, False)
-    gate = (rng.standard_normal((n, k)) / np.sqrt(k)).astype(dtype)  # where silu is neither 0 nor the gate itself
-    gate[0, 0] = gate[-1, -1] = 0.125  # with the 50 in x an outlier, and no product beyond float16
-    out = gated(runner, operation, x, gate, up, tile)
+    x, gate, up = gate_and_up(rng, m, n, k, dtype)
+    assert_gated_matches_formula(gated(runner, operation, x, gate, up, tile), x, gate, up)
 
+
+def assert_gated_matches_formula(out, x, gate, up):
+    """Each sum errs as in assert_matches_formula; silu's slope is 1.1 at most. Then four roundings in float32, of which
+    expf's may be two units, and one to out's type."""
+    dtype, k = out.dtype, x.shape[1]
     x, gate, up = (values.astype(np.float64) for values in (x, gate, up))
     g, u = x @ gate.T, x @ up.T
-    # Each sum errs as in assert_matches_formula; silu's slope is 1.1 at most. Then four roundings in float32, of which
-    # expf's may be two units, and one to out's type.
     g_error, u_error = ((k + 1) * 2.0**-23 * (np.abs(x) @ np.abs(matrix).T) for matrix in (gate, up))
     expected = silu(g) * u
     summing = 1.1 * g_error * (np.abs(u) + u_error) + np.abs(silu(g)) * u_error
