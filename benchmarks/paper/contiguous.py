@@ -81,7 +81,7 @@ class ContiguousBlocks:
     def is_being_computed(self, seq: Sequence, num_found: int, num_tokens: int) -> bool:
         return False
 
-    def admit(self, seq: Sequence, found: list, num_tokens: int, spare: int) -> bool:
+    def admit(self, seq: Sequence, found: list, num_tokens: int, spare: int, limit: int) -> bool:
         region = self._allocator.allocate(self.num_reserved(seq))
         if region is None:
             return False

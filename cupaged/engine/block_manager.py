@@ -67,16 +67,17 @@ class BlockManager:
             return num_tokens
         return min(num_tokens, max(0, num_cached_tokens + 1 - self.window) + self.window + limit)
 
-    def admit(self, seq: Sequence, found: list[Block], num_tokens: int, spare: int) -> bool:
-        """Let `seq` begin with the blocks `found` and make room up to token `num_tokens`; False, and nothing taken,
-        unless `spare` blocks are left then.
+    def admit(self, seq: Sequence, found: list[Block], num_tokens: int, spare: int, limit: int) -> bool:
+        """Let `seq` begin with the blocks `found`, and make room to compute up to token `num_tokens`, at most `limit`
+        tokens a step; False, and nothing taken, unless `spare` blocks are left then.
 
         |<-- found, shared -->|<-- taken -->|
-        |<-- cached tokens -->|             ^ num_tokens
+        |<-- cached tokens -->|             ^ end_of_room
         """
+        end = self.end_of_room(len(found) * self.block_size, num_tokens, limit)
         shared = [block.block_id for block in found]
         self.pool.share(shared)  # first, so that taking others can't evict them
-        missing = -(-num_tokens // self.block_size) - len(shared)
+        missing = -(-end // self.block_size) - len(shared)
         if not self.pool.can_allocate(missing + spare):
             self.pool.free(reversed(shared))
             return False

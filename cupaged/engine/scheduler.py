@@ -127,11 +127,9 @@ class Scheduler:
                 break
             if self.running:
                 spare += self._num_blocks_to_fork(request)
-            num_cached_tokens = len(found) * self.blocks.block_size
-            end = self.blocks.end_of_room(num_cached_tokens, num_tokens, budget)
-            if self.blocks.admit(leader, found, end, spare):
+            if self.blocks.admit(leader, found, num_tokens, spare, budget):
                 self._admit_first()
-                num_tokens = min(num_tokens - num_cached_tokens, budget)
+                num_tokens = min(num_tokens - leader.num_cached_tokens, budget)
                 self.blocks.expect(leader, num_tokens)
                 work.append((leader, num_tokens))
                 budget -= num_tokens
