@@ -25,6 +25,7 @@ from cupaged.backends.reference import ReferenceBackend
 from cupaged.engine.decode_graphs import BATCH_SIZES
 from cupaged.engine.engine import Engine
 from cupaged.kernels.checks import BFLOAT16, HALF_TYPES
+from cupaged.kernels.device import device_info
 from cupaged.weights.checkpoint import Checkpoint
 from cupaged.weights.packing import load_weights
 
@@ -406,3 +407,32 @@ def test_the_command_line_prints_sensible_text(smollm2_dir):
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout
     assert FOUND.text.split(" (")[0] in result.stderr  # the device's name
+
+
+WITHOUT_NVRTC = """
+import cuda.pathfinder
+load = cuda.pathfinder.load_nvidia_dynamic_lib
+def load_others(name):
+    if name == "nvrtc":
+        raise cuda.pathfinder.DynamicLibNotFoundError(name)
+    return load(name)
+cuda.pathfinder.load_nvidia_dynamic_lib = load_others
+cuda.pathfinder.find_nvidia_header_directory = lambda name: None
+from cupaged.cli.main import main
+main()
+"""
+
+
+def test_kernels_that_were_compiled_ahead_are_all_that_a_start_needs(smollm2_dir, tmp_path):
+    environment = os.environ | {"CUPAGED_KERNELS": str(tmp_path / "kernels"), "CUPAGED_HOME": str(tmp_path / "home")}
+
+    def run(program: list[str], *arguments: str) -> str:
+        command = [sys.executable, *program, *arguments, "-m", str(smollm2_dir)]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    run(["-m", "cupaged.cli.main"], "compile", "--arch", device_info().arch)
+    options = ["--max-tokens", "16", "--temperature", "0", "--device", "cuda"]
+    assert "Paris" in run(["-c", WITHOUT_NVRTC], "generate", "The capital of France is", *options)
+    assert not (tmp_path / "home" / "kernels").exists()
