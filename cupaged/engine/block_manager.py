@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from cupaged.engine.block_pool import NULL_BLOCK, Block, BlockPool
 from cupaged.engine.prefix import PrefixHasher
 from cupaged.engine.sequence import Sequence
@@ -36,8 +38,8 @@ class BlockManager:
     # -- a sequence's blocks -------------------------------------------------------------------------------
 
     def find_prefix(self, seq: Sequence, num_tokens: int) -> list[Block]:
-        """The cached blocks with which `seq`, which holds none, may begin when it is to compute its first
-        `num_tokens` tokens. Those whose logits are wanted, the last one at least, are not covered."""
+        """The cached blocks with which `seq` may begin when it is to compute its first `num_tokens` tokens. Those
+        whose logits are wanted, the last one at least, are not covered."""
         blocks: list[Block] = []
         if self.hasher is None:
             return blocks
@@ -81,11 +83,7 @@ class BlockManager:
         if not self.pool.can_allocate(missing + spare):
             self.pool.free(reversed(shared))
             return False
-        seq.block_table = shared + self.pool.allocate(missing)
-        seq.num_cached_tokens = len(shared) * self.block_size
-        seq.num_registered_blocks = len(shared)
-        seq.link = found[-1].content.serial if found else seq.request.prefix_key
-        self._free_before_window(seq, 0)
+        self._begin_with(seq, found, self.pool.allocate(missing))
         return True
 
     def allocate_slots(self, seq: Sequence, num_tokens: int) -> bool:
@@ -124,6 +122,16 @@ class BlockManager:
         child.prefix = parent.prefix[: parent.num_cached_tokens // self.block_size]
         child.num_registered_blocks, child.link = parent.num_registered_blocks, parent.link
 
+    def skip_cached(self, seq: Sequence) -> None:
+        """If the cache has more of `seq` than it has computed, let it go on from there."""
+        if seq.num_uncomputed_tokens == 0:
+            return
+        found = self.find_prefix(seq, len(seq.token_ids))
+        if len(found) * self.block_size > seq.num_cached_tokens:
+            self.pool.share([block.block_id for block in found])
+            self.pool.free(reversed(seq.block_table))
+            self._begin_with(seq, found)
+
     def free(self, seq: Sequence) -> None:
         """Give up the cache of `seq`, its last block first: what comes late in a sequence is missed least."""
         block_table, seq.block_table, seq.num_cached_tokens = seq.block_table, [], 0
@@ -146,6 +154,14 @@ class BlockManager:
     def source_of(self, block_id: int) -> int:
         """The block that holds the contents of this one, which may be a copy that is not made yet."""
         return self._copies.get(block_id, block_id)
+
+    def _begin_with(self, seq: Sequence, found: list[Block], others: Iterable[int] = ()) -> None:
+        """The table of `seq` is made of blocks with its first tokens, which it shares already, and of others."""
+        seq.block_table = [*(block.block_id for block in found), *others]
+        seq.num_cached_tokens = len(found) * self.block_size
+        seq.num_registered_blocks = len(found)
+        seq.link = found[-1].content.serial if found else seq.request.prefix_key
+        self._free_before_window(seq, 0)
 
     def _copy_on_write(self, seq: Sequence, index: int) -> bool:
         block_ids = self.pool.allocate(1)

@@ -248,10 +248,13 @@ class Scheduler:
         return sum([request.num_wanted_tokens(seq) - seq.num_cached_tokens for seq in request.active]) > limit
 
     def _fork(self, request: Request) -> None:
-        """The prompt is computed: all sequences go on from there, sharing its blocks."""
+        """The prompt is computed: all sequences go on from there, sharing its blocks, or from what the cache still has
+        of their outputs before a preemption."""
         leader, *others = request.unfinished
         for seq in others:
             self.blocks.fork(leader, seq)
+        for seq in request.unfinished:
+            self.blocks.skip_cached(seq)
         request.active, request.is_forking = [leader, *others], False
 
     def _hand_over_prompt(self, request: Request) -> None:

@@ -9,6 +9,7 @@ from fake_model import (
     make_engine,
     model_with,
     most_likely_token,
+    prompt_of,
     run_all,
 )
 
@@ -19,10 +20,6 @@ GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 
 def greedy(**fields):
     return SamplingParams(**{"temperature": 0, "max_tokens": 20, "ignore_eos": True, **fields})
-
-
-def prompt_of(length, salt=0):
-    return [(i * 7 + salt) % VOCAB_SIZE for i in range(length)]
 
 
 class LetterTokenizer:

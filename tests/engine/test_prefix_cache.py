@@ -5,7 +5,7 @@ import time
 from itertools import pairwise
 
 import pytest
-from fake_model import VOCAB_SIZE, audit, expected_output, make_engine, model_with, run_all
+from fake_model import VOCAB_SIZE, audit, expected_output, make_engine, model_with, prompt_of, run_all
 
 from cupaged.engine.block_pool import BlockPool
 from cupaged.engine.prefix import PrefixBlock, PrefixHasher, PrefixKey
@@ -13,10 +13,6 @@ from cupaged.engine.sequence import Request
 from cupaged.sampling_params import SamplingParams
 
 BLOCK_SIZE = 8  # of make_engine
-
-
-def prompt_of(length, salt=0):
-    return [(i * i * 7 + salt) % VOCAB_SIZE for i in range(length)]
 
 
 def greedy(max_tokens=4):

@@ -1,7 +1,18 @@
 """Several outputs of one prompt: forks, copies on write, and what happens to groups."""
 
 import pytest
-from fake_model import EOS, audit, expected_outputs, make_engine, params_of, prompt_of, run_all, tokens
+from fake_model import (
+    EOS,
+    audit,
+    expected_output,
+    expected_outputs,
+    make_engine,
+    model_with,
+    params_of,
+    prompt_of,
+    run_all,
+    tokens,
+)
 
 from cupaged.sampling_params import RequestOutputKind
 
@@ -99,29 +110,6 @@ def test_class_12_groups_are_preempted_and_resumed_together(n, caching):
         assert tokens(last[str(i)]) == expected_outputs(prompt, params)
 
 
-@pytest.mark.parametrize("every", [1, 2, 3, 5])
-@pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("caching", [False, True])
-def test_classes_13_and_14_forced_preemption_repeats_and_loses_nothing(every, n, caching):
-    engine = make_engine(enable_prefix_caching=caching, max_num_batched_tokens=16)
-    params = params_of(n, output_kind=RequestOutputKind.DELTA)
-    prompts = {str(length): prompt_of(length, length) for length in (5, 12, 20)}
-    for name, prompt in prompts.items():
-        engine.add_request(name, prompt, params)
-    received = {name: [[] for _ in range(n)] for name in prompts}
-    num_steps = 0
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            for completion in output.outputs:
-                received[output.request_id][completion.index] += completion.token_ids
-        num_steps += 1
-        if num_steps % every == 0 and len(engine.scheduler.running) > 1:
-            engine.scheduler.preempt(engine.scheduler.running[-1])
-        audit(engine)
-    assert engine.stats().num_preemptions > 3
-    assert received == {name: expected_outputs(prompt, params) for name, prompt in prompts.items()}
-
-
 def test_a_preempted_group_shares_its_prompt_again():
     engine = make_engine(enable_prefix_caching=False)
     engine.add_request("x", prompt_of(20), params_of(3))
@@ -135,6 +123,28 @@ def test_a_preempted_group_shares_its_prompt_again():
     assert engine.stats().num_used_blocks == used
     assert sum(engine.runner.decoder.batches[-1][1]) == 3 * 6
     assert tokens(run_all(engine)["x"]) == expected_outputs(prompt_of(20), params_of(3))
+
+
+@pytest.mark.parametrize("window", [None, 10])
+def test_a_preempted_group_finds_its_outputs_in_the_cache(window):
+    """Each its own full blocks, as far as they were not evicted; only what comes after them is computed again."""
+    engine = make_engine(model=model_with(sliding_window=window))
+    prompt, params = prompt_of(20), params_of(3, max_tokens=30)
+    engine.add_request("x", prompt, params)
+    for _ in range(15):
+        engine.step()
+    engine.scheduler.preempt(engine.scheduler.running[0])
+    if window is None:
+        lost = engine.pool._blocks[engine.pool.cached_blocks()[0]]  # a tail: the last full block of one output
+        engine.pool._forget(lost)
+    engine.step()
+    assert engine.runner.decoder.batches[-1] == (0, [20 - 16])
+    audit(engine)
+    engine.step()
+    assert sorted(engine.runner.decoder.batches[-1][1]) == ([3, 3, 3 + BLOCK_SIZE] if window is None else [3, 3, 3])
+    assert tokens(run_all(engine)["x"]) == [
+        expected_output(prompt, 30, seed=params.seed + i, ignore_eos=True, window=window) for i in range(3)
+    ]
 
 
 # -- abort and failure --------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Sliding windows: blocks that no token attends to any more are given back, and never too early."""
 
 import pytest
-from fake_model import VOCAB_SIZE, audit, expected_output, make_engine, model_with, preempt, run_all, tokens
+from fake_model import audit, expected_output, make_engine, model_with, preempt, prompt_of, run_all, tokens
 
 from cupaged.engine.block_pool import NULL_BLOCK
 from cupaged.sampling_params import SamplingParams
@@ -9,10 +9,6 @@ from cupaged.sampling_params import SamplingParams
 BLOCK_SIZE = 8  # of make_engine
 # Multiples of the block size and numbers that share no factor with it, smaller and larger ones.
 WINDOWS = [1, 2, 7, 8, 9, 15, 16, 17, 21, 64]
-
-
-def prompt_of(length, salt=0):
-    return [(i * i * 7 + salt) % VOCAB_SIZE for i in range(length)]
 
 
 def greedy(max_tokens):
