@@ -4,6 +4,7 @@
 // Bound:   bytes: each row of out is written once and its source read once. Not yet measured.
 // An id outside [0, num_rows) gives a row of zeros and reads nothing.
 #include "common.cuh"
+#include "ptx.cuh"
 
 template <typename scalar_t,  // storage type of weight
           int kNumThreads>    // threads per block
@@ -13,6 +14,8 @@ embedding(float* __restrict__ out,              // [gridDim.x, hidden_size]
           const int* __restrict__ ids,          // [gridDim.x]
           int num_rows,
           int hidden_size) {  // a multiple of 8
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   const int id = ids[blockIdx.x];
   const bool valid = id >= 0 && id < num_rows;
   const scalar_t* src = weight + (long long)(valid ? id : 0) * hidden_size;

@@ -54,6 +54,8 @@ linear_sm90(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [m
     }
   }
   __syncthreads();
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
 
   const int num_tiles = ceil_div(m, kTileM) * ceil_div(n, kTileN);
   const int num_steps = ceil_div(k, kTileK);  // of a tile

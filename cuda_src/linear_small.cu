@@ -59,36 +59,50 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
   DYNAMIC_SHARED(shared);
   Vec<scalar_t>* ring = reinterpret_cast<Vec<scalar_t>*>(shared) + warp * kRingVecs + lane;  // this lane's vectors
 
-  // Where this lane copies from next. At and past k, zeros are filled in and nothing is read.
-  int column = warp * kChunk + lane % 4 * 8;
+  // Where this lane copies its first vectors from. At and past k, zeros are filled in and nothing is read.
+  const int column = warp * kChunk + lane % 4 * 8;
   const scalar_t* weight_source = weight + (long long)row * k + column;
   const scalar_t* x_source = x + (long long)token * k + column;
   const long long stride = 8LL * k;  // from 8 rows to the next 8
-  auto copy_next_chunk = [&](int stage) {
+  // Start copying this lane's part of the chunk that begins `first` columns after the warp's first one.
+  auto copy_weight = [&](int stage, int first) {
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
-      const int offset = piece * kPiece;
-      const bool in_k = column + offset < k;
+      const int offset = first + piece * kPiece;
       Vec<scalar_t>* place = ring + (stage * kPieces + piece) * kPieceVecs * kWarpSize;
 #pragma unroll
       for (int i = 0; i < 2 * kRowTiles; ++i)
-        cp_async_16(place + i * kWarpSize, weight_source + i * stride + offset, in_k && row + 8 * i < n);
+        cp_async_16(place + i * kWarpSize, weight_source + i * stride + offset,
+                    column + offset < k && row + 8 * i < n);
+    }
+  };
+  auto copy_x = [&](int stage, int first) {
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const int offset = first + piece * kPiece;
+      Vec<scalar_t>* place = ring + ((stage * kPieces + piece) * kPieceVecs + 2 * kRowTiles) * kWarpSize;
 #pragma unroll
       for (int i = 0; i < kTokenTiles; ++i)
-        cp_async_16(place + (2 * kRowTiles + i) * kWarpSize, x_source + i * stride + offset, in_k && token + 8 * i < m);
+        cp_async_16(place + i * kWarpSize, x_source + i * stride + offset, column + offset < k && token + 8 * i < m);
     }
-    cp_async_commit_group();
-    column += kWarps * kChunk;
-    weight_source += kWarps * kChunk;
-    x_source += kWarps * kChunk;
   };
 
+  // No kernel writes weight: its first chunks are on their way while the kernel before this one ends. They belong to the
+  // first group, so that a group a chunk is counted below.
+  constexpr int kTurn = kWarps * kChunk;  // columns from a warp's chunk to its next
 #pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) copy_next_chunk(stage);
+  for (int stage = 0; stage < kStages; ++stage) copy_weight(stage, stage * kTurn);
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
+#pragma unroll
+  for (int stage = 0; stage < kStages; ++stage) {
+    copy_x(stage, stage * kTurn);
+    cp_async_commit_group();
+  }
 
   float sum[kRowTiles][kTokenTiles][4] = {};
   int stage = 0;
-  for (int start = warp * kChunk; start < k; start += kWarps * kChunk) {
+  for (int first = 0; warp * kChunk + first < k; first += kTurn) {
     cp_async_wait_group<kStages - 1>();  // this lane's own copies: nobody else reads them
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
@@ -112,7 +126,9 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
         }
       }
     }
-    copy_next_chunk(stage);
+    copy_weight(stage, first + kStages * kTurn);
+    copy_x(stage, first + kStages * kTurn);
+    cp_async_commit_group();
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }
 

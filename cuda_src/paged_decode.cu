@@ -84,6 +84,8 @@ paged_decode(scalar_t* __restrict__ out,            // [num_seqs, num_heads, kHe
   const int num_rows = min(kTileRows, group - first_row);
   const int head = kv_head * group + first_row;  // of row 0
 
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   const int seq_len = seq_lens[seq];
   const Split split(split_index, seq_len, window, max_splits);
   if (split_index >= max(1, split.count)) return;  // the whole thread block; split 0 of an empty sequence writes zeros

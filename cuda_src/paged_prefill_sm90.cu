@@ -56,6 +56,8 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
 
   const int kv_head = blockIdx.x, seq = first_seq + blockIdx.y;
   const int group = num_heads / kv.num_kv_heads;
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   const int query_start = query_start_loc[seq];
   const int query_len = query_start_loc[seq + 1] - query_start;
   const int num_rows = query_len * group;

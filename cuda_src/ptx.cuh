@@ -6,6 +6,23 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+// A kernel that is launched to overlap (kernels/launch.py) may begin before the one before it on the stream has ended.
+// Until griddepcontrol_wait returns, which is when that one has ended and its writes are visible, it may touch nothing
+// that another kernel writes, and write nothing that another one touches. All threads of such a kernel call it, so that
+// when it has ended, those before it have. griddepcontrol_launch_dependents, after it, lets the next kernel begin.
+// Launched otherwise, and on GPUs before Hopper, both do nothing.
+__device__ __forceinline__ void griddepcontrol_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ unsigned shared_address(const void* p) {
   return static_cast<unsigned>(__cvta_generic_to_shared(p));
 }

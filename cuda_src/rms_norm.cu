@@ -7,6 +7,7 @@
 //           rounding, at the store.
 // Bound:    bytes: x and out once each from DRAM; weight stays in L2. Not yet measured.
 #include "common.cuh"
+#include "ptx.cuh"
 
 template <typename scalar_t,      // storage type of out and weight, 2 bytes
           int kNumWarps,          // warps per thread block
@@ -22,6 +23,8 @@ rms_norm(scalar_t* __restrict__ out,           // [gridDim.x, hidden_size]
   const long long row = (long long)blockIdx.x * hidden_size;  // 64-bit: tokens * hidden can pass 2^31
   const int first = threadIdx.x * 8;
 
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   Float8 v[kGroupsPerThread];
   float sum_sq = 0.f;
 #pragma unroll

@@ -12,6 +12,7 @@
 // Bound:    bytes: qkv read once; the queries, keys and values written once. Not yet measured.
 #include "common.cuh"
 #include "paged_kv.cuh"
+#include "ptx.cuh"
 
 // Lanes that share a head: a power of two, so that shuffles stay inside the group; for head_dim 80 and 96 some idle.
 __host__ __device__ constexpr int lanes_per_head(int head_dim) {
@@ -50,6 +51,8 @@ rope_and_store_kv(scalar_t* __restrict__ qkv,               // [gridDim.x, num_h
   const int i = rotated ? lane * 8 : lane * 16;  // of the head's elements, this lane owns i .. i+7 and k .. k+7
   const int k = rotated ? i + rotary_dim / 2 : i + 8;
 
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   scalar_t* x = qkv + ((long long)token * total_heads + head) * kHeadDim;
   Float8 a = {}, b = {};
   if (active) {

@@ -30,9 +30,10 @@ from cupaged.cache_dir import cache_dir
 from cupaged.errors import CupagedError, DeviceError
 from cupaged.kernels.device import compiled_archs, device_info
 from cupaged.kernels.kernel_cache import KernelCache, KernelFolder
+from cupaged.kernels.launch import OverlappingLauncher, RawKernelLauncher, overlaps
 from cupaged.kernels.nvrtc import load_nvrtc
 from cupaged.kernels.prebuilt import find_prebuilt
-from cupaged.kernels.tier import runs_on
+from cupaged.kernels.tier import runs_on, use_sm90
 
 SOURCE_DIR = Path(cupaged.cuda_src.__file__).resolve().parent
 
@@ -40,8 +41,6 @@ SOURCE_DIR = Path(cupaged.cuda_src.__file__).resolve().parent
 # defaults on purpose: subnormals are kept (a bfloat16 subnormal is a float32 subnormal, which -ftz=true would turn
 # into 0), divisions and square roots round correctly. A kernel that wants the fast forms says so: __expf, __fdividef.
 FLAGS = ("-std=c++17", "-lineinfo")
-
-MAX_DEFAULT_SHARED_BYTES = 48 << 10  # dynamic shared memory that a launch gets without asking
 
 NULL = np.uint64(0)  # as a kernel's argument: a null pointer, for an array that is absent
 
@@ -67,7 +66,7 @@ def set_loader(load: Callable[[str, str], Kernel]) -> None:
 def load_from_cubin(file: str, name: str) -> Kernel:
     """The default loader: compile for the current device unless the cache has it, and load through CuPy."""
     if (kernel := _loaded.get((file, name))) is None:
-        kernel = _loaded[file, name] = _open_image(*compile_kernel(file, name, device_info().arch))
+        kernel = _loaded[file, name] = _open_image(file, *compile_kernel(file, name, device_info().arch))
     return kernel
 
 
@@ -80,31 +79,15 @@ def load_kernels(kernels: Iterable[tuple[str, str]]) -> None:
     to, which would cost the first steps time and break the capture of a graph."""
     missing = [pair for pair in kernels if pair not in _loaded]
     for pair, image in compile_kernels(missing, device_info().arch).items():
-        _loaded[pair] = _open_image(*image)
+        _loaded[pair] = _open_image(pair[0], *image)
 
 
-def _open_image(path: Path, symbol: str) -> Kernel:
+def _open_image(file: str, path: Path, symbol: str) -> Kernel:
     import cupy
 
-    return RawKernelLauncher(cupy.RawModule(path=str(path)).get_function(symbol))
-
-
-class RawKernelLauncher:
-    """A cupy.RawKernel whose limit of dynamic shared memory follows what launches ask for."""
-
-    def __init__(self, raw_kernel):
-        self._raw_kernel = raw_kernel
-        # By function: each device has its own. Asking for the current one's loads the cubin now and not at the first
-        # launch, which may be within the capture of a graph.
-        self._max_shared_bytes = {raw_kernel.kernel: MAX_DEFAULT_SHARED_BYTES}
-
-    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple, shared_mem: int = 0) -> None:
-        if shared_mem > MAX_DEFAULT_SHARED_BYTES:
-            function = self._raw_kernel.kernel  # the current device's
-            if shared_mem > self._max_shared_bytes.get(function, MAX_DEFAULT_SHARED_BYTES):
-                self._raw_kernel.max_dynamic_shared_size_bytes = shared_mem
-                self._max_shared_bytes[function] = shared_mem
-        self._raw_kernel(grid, block, args, shared_mem=shared_mem)
+    raw_kernel = cupy.RawModule(path=str(path)).get_function(symbol)
+    overlapping = use_sm90() and overlaps(SOURCE_DIR / file)
+    return OverlappingLauncher(raw_kernel) if overlapping else RawKernelLauncher(raw_kernel)
 
 
 def compile_kernel(file: str, name: str, arch: str) -> tuple[Path, str]:

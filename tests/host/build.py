@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from cupaged.kernels.compile import SOURCE_DIR, source_digest
+from cupaged.kernels.launch import overlaps
 
 HOST_DIR = Path(__file__).resolve().parent
 INCLUDE_DIR = HOST_DIR / "include"
@@ -86,7 +87,8 @@ class HostLoader:
 
     def __call__(self, file: str, name: str) -> HostKernel:
         if (file, name) not in self._kernels:
-            self._kernels[file, name] = HostKernel(compile_kernel(self.source_dir / file, name), name, self)
+            path = self.source_dir / file
+            self._kernels[file, name] = HostKernel(compile_kernel(path, name), name, self, overlaps(path))
         return self._kernels[file, name]
 
     def allow(self, array: np.ndarray) -> None:
@@ -102,10 +104,11 @@ class HostKernel:
     """One instantiation, loaded. Takes NumPy arrays for pointers, NULL for an absent one, 0-d structured arrays for
     structs by value, and NumPy scalars of the parameter's exact type."""
 
-    def __init__(self, path: Path, name: str, loader: HostLoader):
+    def __init__(self, path: Path, name: str, loader: HostLoader, overlaps: bool):
         self._path = path
         self._name = name
         self._loader = loader
+        self._overlaps = overlaps
         runtime = _runtime()
         self._launch = runtime.cupaged_host_launch
         self._library = ctypes.CDLL(str(path))
@@ -130,6 +133,7 @@ class HostKernel:
             static_end=self._static_end,
             regions=(_Region * len(regions))(*regions),
             num_regions=len(regions),
+            overlaps=self._overlaps,
             shared_bytes=shared_mem,
         )
         self._launch(ctypes.byref(launch))
@@ -225,6 +229,7 @@ class _Launch(ctypes.Structure):  # state.h
         ("static_end", ctypes.c_void_p),
         ("regions", ctypes.POINTER(_Region)),
         ("num_regions", ctypes.c_int),
+        ("overlaps", ctypes.c_int),
         ("shared_bytes", ctypes.c_uint),
         ("fault_pc", ctypes.c_void_p),
         ("image", ctypes.c_void_p),

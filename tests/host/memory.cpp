@@ -183,6 +183,8 @@ void access(const void* address, unsigned size, Access kind) {
   for (SharedMemory& memory : shared)
     if (memory.holds(p) && p + size <= memory.end) return access_shared(memory, p, size, kind);
   if (p >= current->stack_begin && p + size <= current->stack_end) return;
+  if (kind != Access::kRead && launch->overlaps && !current->has_waited)
+    fail("writes %u bytes before griddepcontrol_wait: the kernel before this one may still read or write them", size);
   if (region_allows(regions[latest_region], p, size, kind)) return;
   for (size_t i = 0; i < regions.size(); ++i)
     if (region_allows(regions[i], p, size, kind)) {

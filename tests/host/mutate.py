@@ -645,6 +645,21 @@ MUTATIONS = (
     ),
     # -- between thread blocks ----------------------------------------------------------------------------------
     Mutation(
+        BLOCKS, "embedding.cu", "rows are written before the kernel before this one has ended",
+        "  griddepcontrol_wait();\n  griddepcontrol_launch_dependents();\n",
+        "  if (threadIdx.x == 0) griddepcontrol_wait();\n",
+        ("embedding",),
+    ),
+    Mutation(
+        BLOCKS, "paged_decode.cu", "thread blocks without a split exit before the kernel before this one has ended",
+        "  griddepcontrol_wait();\n  griddepcontrol_launch_dependents();\n  const int seq_len = seq_lens[seq];\n"
+        "  const Split split(split_index, seq_len, window, max_splits);\n"
+        "  if (split_index >= max(1, split.count)) return;",
+        "  const int seq_len = seq_lens[seq];\n  const Split split(split_index, seq_len, window, max_splits);\n"
+        "  if (split_index >= max(1, split.count)) return;\n  griddepcontrol_wait();\n",
+        DECODE,
+    ),
+    Mutation(
         BLOCKS, "paged_decode.cu", "the last split but one merges, before the last is there",
         "== split.count - 1;",
         "== split.count - 2;",

@@ -116,6 +116,8 @@ void cp_async_wait_group(int pending) {
 
 // -- Hopper -------------------------------------------------------------------------------------------------
 
+void griddepcontrol_wait() { current->has_waited = true; }
+
 unsigned shared_address(const void* p) { return unsigned(uintptr_t(p)); }
 
 namespace {

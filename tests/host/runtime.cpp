@@ -279,6 +279,7 @@ void run_block() {
     Thread& thread = *threads[i];
     thread.state = State::kRunnable;
     thread.warp_epoch = 0;
+    thread.has_waited = false;
     thread.num_groups = 0;
     thread.copies.clear();
     thread.unfenced.clear();
@@ -304,6 +305,9 @@ void run_block() {
   if (failed) return;
   for (int i = 0; i < num_threads; ++i)
     if (threads[i]->state != State::kExited) return diagnose_deadlock();
+  for (int i = 0; i < num_threads; ++i)
+    if (launch->overlaps && !threads[i]->has_waited)
+      return report(*threads[i], "exits without griddepcontrol_wait: the kernel before this one may still run");
   for (int i = 0; i < num_threads; ++i)
     if (!threads[i]->products.empty()) {
       const Site site = threads[i]->products[0].site;

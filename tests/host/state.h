@@ -27,6 +27,7 @@ struct Launch {
   unsigned char *static_begin, *static_end;  // static shared memory
   const Region* regions;
   int num_regions;
+  int overlaps;  // it waits for the kernel before it, and must not write before
   unsigned shared_bytes;  // dynamic shared memory
   void* fault_pc;         // out: where in the kernel's code the launch failed, or null
   void* image;            // out: where the kernel's shared library begins
@@ -78,6 +79,7 @@ struct Thread {
   Reduce reduce;
   int value;  // a block barrier's predicate, then its result
 
+  bool has_waited;      // for the kernel before this one
   unsigned warp_epoch;  // grows with each __syncwarp
   std::vector<Copy> copies;
   int num_groups;  // committed so far

@@ -418,7 +418,7 @@ def test_kernels_are_compiled_and_loaded_ahead_of_their_launches(sources, monkey
     set_device_info(DeviceInfo("sm_80", num_sms=108, max_shared_bytes=166912))
     opened = []
     monkeypatch.setattr(compiler, "_loaded", {})
-    monkeypatch.setattr(compiler, "_open_image", lambda path, symbol: opened.append(symbol) or symbol)
+    monkeypatch.setattr(compiler, "_open_image", lambda file, path, symbol: opened.append(symbol) or symbol)
     pairs = [("scale.cu", f"scale<{factor}>") for factor in range(3)]
     try:
         compiler.load_from_cubin(*pairs[0])
@@ -427,46 +427,6 @@ def test_kernels_are_compiled_and_loaded_ahead_of_their_launches(sources, monkey
         assert {compiler.load_from_cubin(*pair) for pair in pairs} == set(opened)
     finally:
         set_device_info(None)
-
-
-def test_a_cubin_is_loaded_before_the_first_launch():
-    class RawKernel:
-        loads = 0
-
-        @property
-        def kernel(self):
-            self.loads += 1
-
-    raw_kernel = RawKernel()
-    compiler.RawKernelLauncher(raw_kernel)
-    assert raw_kernel.loads == 1
-
-
-def test_the_shared_memory_limit_follows_the_launches_on_each_device():
-    class RawKernel:
-        kernel: str = "the first device's function"
-        limits: tuple = ()
-        launches: tuple = ()
-
-        def __setattr__(self, name, value):
-            if name == "max_dynamic_shared_size_bytes":
-                self.limits += (value,)
-            else:
-                super().__setattr__(name, value)
-
-        def __call__(self, grid, block, args, shared_mem):
-            self.launches += ((grid, block, args, shared_mem),)
-
-    raw_kernel = RawKernel()
-    kernel = compiler.RawKernelLauncher(raw_kernel)
-    requests = [0, 48 << 10, 64 << 10, 50 << 10, 64 << 10, 100 << 10]
-    for shared_mem in requests:
-        kernel((1,), (32,), (), shared_mem=shared_mem)
-    assert raw_kernel.limits == (64 << 10, 100 << 10)
-    assert [launch[3] for launch in raw_kernel.launches] == requests
-    raw_kernel.kernel = "the second device's function"
-    kernel((1,), (32,), (), shared_mem=64 << 10)
-    assert raw_kernel.limits == (64 << 10, 100 << 10, 64 << 10)
 
 
 # -- the device ----------------------------------------------------------------------------------------------

@@ -4,6 +4,9 @@
 
 #include "runtime.h"
 
+inline void griddepcontrol_wait() { host::griddepcontrol_wait(); }
+inline void griddepcontrol_launch_dependents() {}
+
 // A copy lands when a wait asks for it and no earlier; until then its destination holds NaNs.
 inline void cp_async_16(void* dst, const void* src, bool valid = true) { host::cp_async_16(dst, src, valid); }
 inline void cp_async_commit_group() { host::cp_async_commit_group(); }

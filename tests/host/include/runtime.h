@@ -58,6 +58,7 @@ void cp_async_16(void* dst, const void* src, bool valid);
 void cp_async_commit_group();
 void cp_async_wait_group(int pending);
 
+void griddepcontrol_wait();
 unsigned shared_address(const void* p);
 void mbarrier_init(void* barrier, int num_arrivals);
 void mbarrier_arrive(void* barrier);

@@ -1,0 +1,149 @@
+"""What launchers of loaded kernels hand over, to CuPy and to the driver."""
+
+import ctypes
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cupaged.kernels import compile as compiler
+from cupaged.kernels import launch
+from cupaged.kernels.compile import NULL, SOURCE_DIR
+from cupaged.kernels.device import DeviceInfo, set_device_info
+from cupaged.kernels.launch import OverlappingLauncher, RawKernelLauncher, overlaps
+from cupaged.kernels.paged_kv import PAGED_KV
+
+
+def test_a_cubin_is_loaded_before_the_first_launch():
+    class RawKernel:
+        loads = 0
+
+        @property
+        def kernel(self):
+            self.loads += 1
+
+    raw_kernel = RawKernel()
+    RawKernelLauncher(raw_kernel)
+    assert raw_kernel.loads == 1
+
+
+def test_the_shared_memory_limit_follows_the_launches_on_each_device():
+    class RawKernel:
+        kernel: str = "the first device's function"
+        limits: tuple = ()
+        launches: tuple = ()
+
+        def __setattr__(self, name, value):
+            if name == "max_dynamic_shared_size_bytes":
+                self.limits += (value,)
+            else:
+                super().__setattr__(name, value)
+
+        def __call__(self, grid, block, args, shared_mem):
+            self.launches += ((grid, block, args, shared_mem),)
+
+    raw_kernel = RawKernel()
+    kernel = RawKernelLauncher(raw_kernel)
+    requests = [0, 48 << 10, 64 << 10, 50 << 10, 64 << 10, 100 << 10]
+    for shared_mem in requests:
+        kernel((1,), (32,), (), shared_mem=shared_mem)
+    assert raw_kernel.limits == (64 << 10, 100 << 10)
+    assert [launch[3] for launch in raw_kernel.launches] == requests
+    raw_kernel.kernel = "the second device's function"
+    kernel((1,), (32,), (), shared_mem=64 << 10)
+    assert raw_kernel.limits == (64 << 10, 100 << 10, 64 << 10)
+
+
+# -- launches that overlap -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """Stands in for the driver's library, on a stream at address 77: its calls, each what the documentation of
+    cuLaunchKernelEx says of the bytes that it gets."""
+    calls = []
+
+    def read(address, offset, kind):
+        return kind.from_address(address + offset).value
+
+    def launch_kernel(config, function, parameters, extra):
+        uint, pointer = ctypes.c_uint, ctypes.c_void_p
+        config = ctypes.addressof(config._obj)
+        attributes, num_attributes = read(config, 40, pointer), read(config, 48, uint)
+        calls.append(
+            SimpleNamespace(
+                grid=tuple(read(config, 4 * i, uint) for i in range(3)),
+                block=tuple(read(config, 12 + 4 * i, uint) for i in range(3)),
+                shared_mem=read(config, 24, uint),
+                stream=read(config, 32, pointer),
+                attributes=[(read(attributes, 72 * i, uint), read(attributes, 72 * i + 8, ctypes.c_int))
+                            for i in range(num_attributes)],
+                function=function.value,
+                parameters=[ctypes.string_at(parameters[i], size) for i, size in enumerate(sizes)],
+                extra=extra,
+            )
+        )  # fmt: skip
+        return 0
+
+    sizes = []
+    cupy = pytest.importorskip("cupy")
+    monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda: SimpleNamespace(ptr=77))
+    monkeypatch.setattr(launch, "_driver", lambda: SimpleNamespace(cuLaunchKernelEx=launch_kernel))
+    return calls, sizes
+
+
+def raw_kernel(address: int) -> SimpleNamespace:
+    class Function:
+        ptr = address
+
+    return SimpleNamespace(kernel=Function())
+
+
+def test_an_overlapping_launch_is_what_the_driver_documents(driver):
+    calls, sizes = driver
+    array = SimpleNamespace(data=SimpleNamespace(ptr=0x7F0012345678))  # as a cupy.ndarray has it
+    kv = np.array((1, 2, 3, 4, 5), PAGED_KV)
+    sizes += [8, 8, 32, 4, 4]
+    kernel = raw_kernel(123456789)
+    OverlappingLauncher(kernel)((5, 2), (128,), (array, NULL, kv, np.int32(-3), np.float32(0.5)), shared_mem=70_000)
+
+    [call] = calls
+    assert (call.grid, call.block, call.shared_mem, call.stream) == ((5, 2, 1), (128, 1, 1), 70_000, 77)
+    assert call.attributes == [(6, 1)]  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, allowed
+    assert (call.function, call.extra) == (123456789, None)
+    expected = [np.uint64(0x7F0012345678), np.uint64(0), kv, np.int32(-3), np.float32(0.5)]
+    assert call.parameters == [value.tobytes() for value in expected]
+    assert kernel.max_dynamic_shared_size_bytes == 70_000
+
+
+def test_a_launch_that_the_driver_refuses_is_an_error(driver, monkeypatch):
+    import cupy
+
+    class CUDADriverError(RuntimeError):
+        pass
+
+    monkeypatch.setattr(cupy.cuda.driver, "CUDADriverError", CUDADriverError)
+    monkeypatch.setattr(launch, "_driver", lambda: SimpleNamespace(cuLaunchKernelEx=lambda *_: 701))
+    with pytest.raises(CUDADriverError, match="701"):
+        OverlappingLauncher(raw_kernel(1))((1,), (32,), ())
+
+
+def test_what_overlaps_waits_and_only_hoppers_tier_overlaps(monkeypatch):
+    waiting = {path.name for path in SOURCE_DIR.glob("*.cu") if overlaps(path)}
+    assert {"embedding.cu", "rms_norm.cu", "linear_small.cu", "rope.cu", "paged_decode.cu"} <= waiting
+    assert not waiting & {"sampler.cu", "copy_blocks.cu"}
+
+    cupy = pytest.importorskip("cupy")
+    module = SimpleNamespace(get_function=lambda symbol: raw_kernel(1))
+    monkeypatch.setattr(cupy, "RawModule", lambda path: module)
+    set_device_info(DeviceInfo("sm_90a", num_sms=132, max_shared_bytes=232448))
+    try:
+        for tier, file, launcher in (
+            ("sm90", "rms_norm.cu", OverlappingLauncher),
+            ("sm90", "sampler.cu", RawKernelLauncher),
+            ("portable", "rms_norm.cu", RawKernelLauncher),
+        ):
+            monkeypatch.setenv("CUPAGED_TIER", tier)
+            assert type(compiler._open_image(file, SOURCE_DIR, "symbol")) is launcher
+    finally:
+        set_device_info(None)
