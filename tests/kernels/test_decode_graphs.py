@@ -117,7 +117,7 @@ def test_both_edges_of_each_batch_size_give_the_bits_of_eager_steps(host_build, 
     assert all(graph.num_runs > 0 for graph in recorded)
 
 
-@pytest.mark.parametrize("host_build", [NumpyDevice, CupyArraysDevice], indirect=True)
+@pytest.mark.parametrize("host_build", [CupyArraysDevice], indirect=True)
 def test_sequences_grow_over_blocks_and_lengths(host_build):
     """Over the edges of blocks, of a split (256 keys) and of the captured length, the cache growing meanwhile."""
 
@@ -157,7 +157,7 @@ def test_the_cache_may_move_under_the_graphs(host_build):
 
     def run(steps: Steps) -> None:
         arena, backend = steps.engine.arena, steps.engine.backend
-        for i in range(5):
+        for i in range(3):
             steps.add(f"before {i}", prompt_of(20, i), drawn(5))
         steps.run()
         graphs_before.append(steps.engine.stats().num_graphs)
@@ -166,7 +166,7 @@ def test_the_cache_may_move_under_the_graphs(host_build):
         assert arena.num_slabs == 0
         for slab in old:
             backend.copy_in(slab, np.full(slab.shape, np.nan, slab.dtype))
-        for i in range(5):
+        for i in range(3):
             steps.add(f"after {i}", prompt_of(30, 10 + i), drawn(7))
         steps.run()
         assert arena.num_slabs > 0
@@ -210,9 +210,12 @@ def test_a_device_that_captures_nothing(host_build, monkeypatch, caplog):
             steps.add(str(i), prompt_of(7 + i, i), drawn(3 + i))
         steps.run()
 
+    def refuse(function):
+        raise RuntimeError("not permitted")
+
     eager = Steps(new_engine("qwen3", device, enforce_eager=True))
     run(eager)
-    monkeypatch.setattr(device, "capture", lambda function: (_ for _ in ()).throw(RuntimeError("not permitted")))
+    monkeypatch.setattr(device, "capture", refuse)
     graphs = Steps(new_engine("qwen3", device))
     with caplog.at_level(logging.WARNING):
         run(graphs)
