@@ -54,45 +54,49 @@ class Stage:
 
 
 def stages(out: Path, arch: str) -> list[Stage]:
-    """arch: the GPU's, in NVRTC's spelling."""
-    kernels = {"CUPAGED_KERNELS": str(out / "kernels")}
+    """arch: the GPU's, in NVRTC's spelling. A Hopper gets some stages twice: with the portable kernels and its own."""
+    portable = {"CUPAGED_KERNELS": str(out / "kernels"), "CUPAGED_TIER": "portable"}
+    tiers = [portable] + ([{**portable, "CUPAGED_TIER": "sm90"}] if arch == "sm_90a" else [])
 
-    def sanitized(tool: str, seconds: float) -> Stage:
-        command = (SANITIZER, "--tool", tool, "--error-exitcode", "1", *KERNEL_TESTS, "-k", "formula")
-        return Stage(tool, command, seconds, kernels)
+    def with_figures(name: str, command: Sequence[str], seconds: float) -> list[Stage]:
+        names = [name, f"{name}-sm90"]
+        return [
+            Stage(name, (*command, "--json", str(out / f"{name}.json")), seconds, tier)
+            for name, tier in zip(names, tiers, strict=False)
+        ]
 
-    def latency(name: str, seconds: float, *options: str) -> Stage:
-        command = (*CUPAGED, "bench", "latency", "--device", "cuda", *options, "--json", str(out / f"{name}.json"))
-        return Stage(name, command, seconds, kernels)
+    def latency(name: str, seconds: float, *options: str) -> list[Stage]:
+        return with_figures(name, (*CUPAGED, "bench", "latency", "--device", "cuda", *options), seconds)
 
     def dummy(config: str) -> tuple[str, ...]:
         return "-m", str(CONFIGS / f"{config}.json"), "--load-format", "dummy", "--max-model-len", "4096"
 
+    def sanitized(tool: str, seconds: float) -> Stage:
+        command = (SANITIZER, "--tool", tool, "--error-exitcode", "1", *KERNEL_TESTS, "-k", "formula")
+        return Stage(tool, command, seconds, portable)
+
     generate = (*CUPAGED, "generate", "The capital of France is", "--device", "cuda", "--temperature", "0", "--stats")
     bench_kernels = (*CUPAGED, "bench", "kernels", "--device", "cuda", "-m", str(CONFIGS / "llama-3.1-8b.json"))
     compare = (sys.executable, str(ROOT / "benchmarks" / "compare_kernels.py"))
-    found = [
+    return [
         Stage("pull", (*CUPAGED, "pull"), 120),
         Stage("info", (*CUPAGED, "info"), 30),
         Stage("compile", (*CUPAGED, "compile", "--arch", arch, "--out", str(out / "kernels")), 150),
-        Stage("generate", generate, 60, kernels),
-        Stage("quick-models", (*MODEL_TESTS, "-k", QUICK), 90, kernels),
-        Stage("kernels", (*KERNEL_TESTS, "-k", NO_GIGABYTES), 150, kernels),
-        latency("latency-135m", 40, "--batch", "1,8,64,256"),
-        latency("latency-135m-eager", 20, "--batch", "1,64", "--enforce-eager", "--repeats", "2"),
-        latency("latency-1b", 60, "--batch", "1,64,256", *dummy("llama-3.2-1b")),
-        latency("latency-8b", 90, "--batch", "1,64", *dummy("llama-3.1-8b")),
-        Stage("bench-kernels", (*bench_kernels, "--json", str(out / "bench-kernels.json")), 60, kernels),
-        Stage("compare", (*compare, "--json", str(out / "compare.json")), 60, kernels),
+        Stage("generate", generate, 60, portable),
+        Stage("quick-models", (*MODEL_TESTS, "-k", QUICK), 90, portable),
+        *(Stage("quick-models-sm90", (*MODEL_TESTS, "-k", "tiny"), 60, tier) for tier in tiers[1:]),
+        Stage("kernels", (*KERNEL_TESTS, "-k", NO_GIGABYTES), 150, portable),
+        *latency("latency-135m", 40, "--batch", "1,8,64,256"),
+        latency("latency-135m-eager", 20, "--batch", "1,64", "--enforce-eager", "--repeats", "2")[0],
+        *latency("latency-1b", 60, "--batch", "1,64,256", *dummy("llama-3.2-1b")),
+        *latency("latency-8b", 90, "--batch", "1,64", *dummy("llama-3.1-8b")),
+        *with_figures("bench-kernels", bench_kernels, 60),
+        *with_figures("compare", compare, 60),
         sanitized("memcheck", 60),
         sanitized("racecheck", 60),
         sanitized("synccheck", 30),
-        Stage("models", (*MODEL_TESTS, "-k", f"not ({QUICK})"), 300, kernels),
+        Stage("models", (*MODEL_TESTS, "-k", f"not ({QUICK})"), 300, portable),
     ]
-    if arch == "sm_90a":
-        tier = {**kernels, "CUPAGED_TIER": "sm90"}
-        found.insert(6, Stage("quick-models-sm90", (*MODEL_TESTS, "-k", "tiny"), 60, tier))
-    return found
 
 
 def visit(todo: Iterable[Stage], out: Path, seconds: float) -> bool:
