@@ -382,6 +382,40 @@ def test_cudas_own_out_of_memory_is_a_memory_error(status, raised):
         device.empty((3, 4), np.float32)
 
 
+def test_a_capture_has_a_stream_of_its_own_and_ends_whatever_happens():
+    events = []
+
+    class Stream:
+        def __init__(self, non_blocking):
+            assert non_blocking  # else work on the default stream would break the capture
+
+        def __enter__(self):
+            events.append("enter")
+
+        def __exit__(self, *_):
+            events.append("exit")
+
+        def begin_capture(self):
+            events.append("begin")
+
+        def end_capture(self):
+            events.append("end")
+            return types.SimpleNamespace(launch=lambda: events.append("launch"))
+
+    device = object.__new__(cuda.CupyDevice)
+    device._cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(Stream=Stream))
+    launch = device.capture(lambda: events.append("function"))
+    assert events == ["enter", "begin", "function", "end", "exit"]
+    launch()
+    launch()
+    assert events[5:] == ["launch", "launch"]  # on the current stream
+
+    events.clear()
+    with pytest.raises(ZeroDivisionError):
+        device.capture(lambda: 1 // 0)
+    assert events == ["enter", "begin", "end", "exit"]
+
+
 def test_a_swap_space_that_cannot_be_had_says_so(backend, monkeypatch):
     def fail(num_bytes):
         raise MemoryError
