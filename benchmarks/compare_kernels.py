@@ -97,11 +97,6 @@ def compare(backend: Backend, model: ModelConfig, timer: GraphTimer, rivals: dic
         "down": (model.hidden_size, model.intermediate_size),
         "lm_head": (model.vocab_size, model.hidden_size),
     }
-    for name, (n, k) in shapes.items():
-        weights = [random_array(backend, (n, k), BFLOAT16) for _ in range(num_cold_sets(2 * n * k, timer.l2_bytes))]
-        for m in ROWS:
-            yield compare_linear(backend, timer, rivals, f"{name} {n}x{k}, {m} rows", weights, m)
-        del weights
     token_bytes = 2 * 2 * model.num_kv_heads * model.head_dim
     sizes = [(*size, 1) for size in DECODE if size[0] * size[1] * token_bytes <= MAX_KV_BYTES]
     sizes += [(num_seqs, length, length) for num_seqs, length in PREFILL]
@@ -111,6 +106,11 @@ def compare(backend: Backend, model: ModelConfig, timer: GraphTimer, rivals: dic
         max(num_seqs for num_seqs, _, _ in sizes),
         max(length for _, length, _ in sizes),
     )
+    for name, (n, k) in shapes.items():
+        weights = [random_array(backend, (n, k), BFLOAT16) for _ in range(num_cold_sets(2 * n * k, timer.l2_bytes))]
+        for m in ROWS:
+            yield compare_linear(backend, timer, rivals, f"{name} {n}x{k}, {m} rows", weights, m)
+        del weights
     for num_seqs, length, query_len in sizes:
         yield compare_attention(backend, model, timer, rivals, num_seqs, length, query_len)
 

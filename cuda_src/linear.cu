@@ -6,13 +6,19 @@
 //           k is walked in steps of 64 elements (128 bytes a row) through a ring of kStages stages in shared memory,
 //           filled by cp.async while the tensor cores work on an earlier stage; fragments are double-buffered in
 //           registers. Tiles are numbered so that thread blocks that run together share rows of x and of weight in L2.
+// Splits:   of few tokens there are too few tiles for all SMs. Then num_splits thread blocks share a tile's k, at places
+//           that depend on k and num_splits alone; the last one to arrive adds up the partial sums.
 // Layout:   a stage holds rows of 8 chunks of 16 bytes; chunk c of row r lies at c ^ (r % 8), which makes the copies
 //           and ldmatrix free of bank conflicts.
-// Numerics: every element is one chain of m16n8k16 products in float32, in the order of k, then the bias, then
-//           what is added to; silu in float32, of such sums; one rounding, at the store. The value depends on its row
-//           of x, its rows of weight, its bias and what is added to alone: not on m, n, the tile, or its place in it.
+// Numerics: every element is one chain of m16n8k16 products a split, in float32 and in the order of k, then the sum of
+//           the splits in their order, then the bias, then what is added to; silu in float32, of such sums; one
+//           rounding, at the store. The value depends on its row of x, its rows of weight, its bias, what is added to
+//           and num_splits alone: not on m, n, the tile, or its place in it.
 // Bound:    flops from some hundred rows on, at 2*m*n*k; bytes of weight below. Between the two a tile is bound by what
 //           it draws from L2, (kTileM + kTileN) * 2 bytes for kTileM * kTileN products, which is why large tiles win.
+//           A thread block has kStages - 1 stages on their way: 48, 24 and 12 KB of weight with 128, 64 and 32 outputs
+//           in 4 stages. At 3.1 TB/s and some 0.7 us of latency each of an H100's 132 SMs wants 16 KB or more;
+//           linear_plan in tuning.py counts that in, and that splits cost 8 * kTileM * kTileN bytes each through L2.
 //           Not yet measured.
 #include "common.cuh"
 #include "linear_epilogue.cuh"
@@ -25,8 +31,8 @@ constexpr int kStepK = 16;  // elements of k in one mma
 template <int kTileN>
 constexpr int kStagedRow = kTileN + 8;
 
-// Grid: one thread block a tile, ceil(m / kTileM) * ceil(n / kTileN) in one dimension.
-// PRECOND: k % 8 == 0, and x, weight and out start at multiples of 16 bytes.
+// Grid: num_splits thread blocks a tile, num_splits * ceil(m / kTileM) * ceil(n / kTileN) in one dimension.
+// PRECOND: k % 8 == 0, x, weight, out and partials start at multiples of 16 bytes, num_splits <= ceil(k / 64).
 template <typename scalar_t,  // storage type of x, weight and bias
           typename out_t,     // of out: scalar_t or float
           int kTileM,         // tokens in a thread block's tile
@@ -39,7 +45,9 @@ linear(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [m, n /
        const scalar_t* __restrict__ x,       // [m, k]
        const scalar_t* __restrict__ weight,  // [n, k]
        const scalar_t* __restrict__ bias,    // [n], or null; null with kSiluAndMul
-       int m, int n, int k,
+       float* partials,                      // [tiles, num_splits, kTileM * kTileN] scratch; null with one split
+       int* counters,                        // [tiles] zeros before and after; null with one split
+       int m, int n, int k, int num_splits,
        int epilogue) {  // an Epilogue
   constexpr int kThreads = kWarpsM * kWarpsN * kWarpSize;
   constexpr int kWarpM = kTileM / kWarpsM;  // tokens of a warp
@@ -56,14 +64,20 @@ linear(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [m, n /
   DYNAMIC_SHARED(shared);
   scalar_t* ring = reinterpret_cast<scalar_t*>(shared);  // [kStages][kTileM rows of x, then kTileN rows of weight][64]
 
-  const TilePlace<kTileM, kTileN> place(blockIdx.x, m, n);
+  const int out_tile = blockIdx.x / num_splits;
+  const int split = blockIdx.x % num_splits;
+  const TilePlace<kTileM, kTileN> place(out_tile, m, n);
   const int lane = threadIdx.x % kWarpSize;
   const int warp_m = threadIdx.x / kWarpSize / kWarpsN * kWarpM;  // the warp's first token within the tile
   const int warp_n = threadIdx.x / kWarpSize % kWarpsN * kWarpN;  // and its first output
 
-  TileCopier<scalar_t, kTileM, kThreads> x_copier(x, place.first_token, m, k);
-  TileCopier<scalar_t, kTileN, kThreads> weight_copier(weight, place.first_output, n, k);
-  const int num_tiles_k = ceil_div(k, kTileK);
+  // The split's part of k, in steps of a stage; parts differ by one step at most.
+  const int all_tiles_k = ceil_div(k, kTileK);
+  const int first_tile_k = (long long)all_tiles_k * split / num_splits;
+  const int num_tiles_k = (long long)all_tiles_k * (split + 1) / num_splits - first_tile_k;
+
+  TileCopier<scalar_t, kTileM, kThreads> x_copier(x, place.first_token, m, k, first_tile_k * kTileK);
+  TileCopier<scalar_t, kTileN, kThreads> weight_copier(weight, place.first_output, n, k, first_tile_k * kTileK);
   auto copy_stage = [&](int tile) {
     if (tile < num_tiles_k) {
       scalar_t* stage = ring + tile % kStages * kStageElements;
@@ -117,6 +131,36 @@ linear(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [m, n /
           mma_m16n8k16<scalar_t>(sum[i][j], x_fragment[step % 2][i], weight_fragment[step % 2][j / 2][j % 2 * 2],
                                  weight_fragment[step % 2][j / 2][j % 2 * 2 + 1]);
     }
+  }
+
+  if (num_splits > 1) {
+    // Each thread leaves its sums for its twin in the split that arrives last, which adds them up in the splits' order.
+    constexpr long long kPartial = kTileM * kTileN;
+    float* partial = partials + out_tile * num_splits * kPartial + threadIdx.x * 4;  // of split 0
+    auto in_m = [&](int i) { return place.first_token + warp_m + i * 16 < m; };  // else no row of the mma block is stored
+#pragma unroll
+    for (int i = 0; i < kBlocksM; ++i)
+#pragma unroll
+      for (int j = 0; j < kBlocksN; ++j)
+        if (in_m(i))
+          store_vec(partial + split * kPartial + (i * kBlocksN + j) * kThreads * 4,
+                    Vec<float>{sum[i][j][0], sum[i][j][1], sum[i][j][2], sum[i][j][3]});
+    __threadfence();  // this thread's sums before its arrival
+    __syncthreads();
+    const bool last = threadIdx.x == 0 && atomicAdd(counters + out_tile, 1) == num_splits - 1;
+    if (!__syncthreads_or(last)) return;
+    __threadfence();  // the others' sums after their arrivals
+    if (threadIdx.x == 0) counters[out_tile] = 0;  // for the next launch
+    for (int s = 0; s < num_splits; ++s)
+#pragma unroll
+      for (int i = 0; i < kBlocksM; ++i)
+#pragma unroll
+        for (int j = 0; j < kBlocksN; ++j) {
+          if (!in_m(i)) continue;
+          const Vec<float> part = load_vec(partial + s * kPartial + (i * kBlocksN + j) * kThreads * 4);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum[i][j][e] = (s == 0 ? 0.f : sum[i][j][e]) + part.data[e];
+        }
   }
 
   // The results go through shared memory, so that rows are stored 16 bytes a thread.

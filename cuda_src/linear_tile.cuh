@@ -39,11 +39,11 @@ struct TileCopier {
   int row, num_rows, column, k;
   int destination;  // elements from the stage's start
 
-  __device__ __forceinline__ TileCopier(const scalar_t* matrix, int first_row, int num_rows, int k)
+  __device__ __forceinline__ TileCopier(const scalar_t* matrix, int first_row, int num_rows, int k, int first_column = 0)
       : row(first_row + threadIdx.x / kRowChunks), num_rows(num_rows), k(k) {
     const int local_row = threadIdx.x / kRowChunks;
     const int chunk = threadIdx.x % kRowChunks;
-    column = chunk * kChunk;
+    column = first_column + chunk * kChunk;
     source = matrix + (long long)row * k + column;
     stride = (long long)kRowsAtOnce * k;
     destination = (local_row * kRowChunks + (chunk ^ local_row % 8)) * kChunk;

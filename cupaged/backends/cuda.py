@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import math
 import os
 import warnings
@@ -24,7 +25,7 @@ from cupaged.kernels.compile import compile_kernels, load_kernels
 from cupaged.kernels.copy_blocks import copy_blocks
 from cupaged.kernels.device import device_info
 from cupaged.kernels.embedding import embedding
-from cupaged.kernels.linear import linear, linear_silu_and_mul
+from cupaged.kernels.linear import linear, linear_silu_and_mul, linear_workspace_size
 from cupaged.kernels.linear_sm90 import MIN_ROWS, linear_sm90, linear_sm90_silu_and_mul
 from cupaged.kernels.linear_small import MAX_ROWS, linear_small, linear_small_silu_and_mul
 from cupaged.kernels.logits import edit_logits, keep_allowed
@@ -137,7 +138,6 @@ class LinearKernels(NamedTuple):
 
 
 SMALL = LinearKernels(linear_small, linear_small_silu_and_mul)
-PORTABLE = LinearKernels(linear, linear_silu_and_mul)
 SM90 = LinearKernels(linear_sm90, linear_sm90_silu_and_mul)
 
 
@@ -265,6 +265,7 @@ class CudaBackend:
         self._batch_staging: PinnedRing | None = None
         self._batch_buffer: Array | None = None  # uint8: all arrays of a batch
         self._decode_workspace: Array | None = None  # uint8: the partial results of split sequences
+        self._linear_workspace: Array | None = None  # uint8: the partial sums of split matrix products
         self._sm90 = False  # whether Hopper's own kernels take the portable ones' place
 
     # -- memory --------------------------------------------------------------------------------------------
@@ -329,14 +330,19 @@ class CudaBackend:
         num_bytes = decode_workspace_size(
             max_num_seqs, config.num_heads, config.num_kv_heads, config.head_dim, max_model_len
         )
-        self._decode_workspace = self.empty((_padded(num_bytes),), np.uint8)
-        self.copy_in(self._decode_workspace, np.broadcast_to(np.uint8(0), self._decode_workspace.shape))
+        self._decode_workspace = self._zeros(_padded(num_bytes))
+        self._linear_workspace = self._zeros(linear_workspace_size(device_info()))
 
         max_blocks = ceil_div(max_model_len, min(BLOCK_SIZES))  # the arena's block size isn't known yet
         by_token, by_sequence = 3 * [max_num_tokens], [max_num_seqs + 1, max_num_seqs, max_num_seqs]
         num_bytes = sum(_padded(4 * count) for count in (*by_token, *by_sequence, max_num_seqs * max_blocks))
         self._batch_buffer = self.empty((num_bytes,), np.uint8)
         self._batch_staging = PinnedRing(self._device, num_bytes)
+
+    def _zeros(self, num_bytes: int) -> Array:
+        zeros = self.empty((num_bytes,), np.uint8)
+        self.copy_in(zeros, np.broadcast_to(np.uint8(0), zeros.shape))
+        return zeros
 
     def upload_batch(self, batch: Batch) -> Batch:
         parts, end = [], 0  # (name, array, where it begins in the buffer)
@@ -366,7 +372,8 @@ class CudaBackend:
             if ring is not None:
                 ring.wait()
         self._copier.close()
-        self._staging = self._batch_staging = self._batch_buffer = self._decode_workspace = None
+        self._staging = self._batch_staging = self._batch_buffer = None
+        self._decode_workspace = self._linear_workspace = None
 
     # -- the cache -----------------------------------------------------------------------------------------
 
@@ -387,9 +394,14 @@ class CudaBackend:
         self._linear_kernels(x.shape[0]).silu_and_mul(out, x, weight)
 
     def _linear_kernels(self, num_rows: int) -> LinearKernels:
+        """Up to 16 rows, up to 64 and more are summed in three orders; on GPUs of one kind, a row has the same results,
+        bit for bit, among batches of each."""
         if num_rows <= MAX_ROWS:
             return SMALL
-        return SM90 if self._sm90 and num_rows >= MIN_ROWS else PORTABLE
+        if self._sm90 and num_rows >= MIN_ROWS:
+            return SM90
+        portable = linear, linear_silu_and_mul
+        return LinearKernels(*(functools.partial(kernel, workspace=self._linear_workspace) for kernel in portable))
 
     def paged_attention(
         self,

@@ -19,8 +19,10 @@ from cupaged.kernels.checks import (
     check_vectors,
 )
 from cupaged.kernels.compile import NULL, load_kernel
-from cupaged.kernels.device import device_info
-from cupaged.kernels.tuning import LINEAR_TILES, LinearTile, linear_tile
+from cupaged.kernels.device import DeviceInfo, device_info
+from cupaged.kernels.tuning import LINEAR_TILE_K, LINEAR_TILES, LinearPlan, LinearTile, linear_plan, max_partial_floats
+
+COUNTERS_SIZE = 4096  # bytes at the start of a workspace: one int32 for each tile whose k is split
 
 
 class Epilogue(enum.IntEnum):
@@ -31,32 +33,69 @@ class Epilogue(enum.IntEnum):
     SILU_AND_MUL = 2
 
 
-def linear(out, x, weight, bias=None, *, accumulate: bool = False, tile: LinearTile | None = None) -> None:
+def linear_workspace_size(device: DeviceInfo) -> int:
+    """Bytes of `workspace` that suffice for every shape: 8.7 MB on an H100."""
+    return COUNTERS_SIZE + 4 * max_partial_floats(device)
+
+
+def linear(
+    out, x, weight, bias=None, *, accumulate: bool = False, workspace=None, plan: LinearPlan | None = None
+) -> None:
     """out = x @ weight^T + bias, or out += that where `accumulate` asks for it: x [m, k], weight [n, k], bias [n]
     bfloat16 or float16, out [m, n] of that dtype or float32 (to accumulate, float32), apart from the others.
 
-    k is a multiple of 8. A row of out depends on its row of x alone, bit for bit, whatever m, n and the tile (by
-    default the one that tuning.linear_tile chooses). Raises ValueError for arrays that don't fit together.
+    k is a multiple of 8. workspace: uint8, `linear_workspace_size` bytes, zeros before its first use, in which steps of
+    up to 64 rows may leave partial sums, so that k is split over thread blocks and n need not be large; what a launch
+    leaves in it suits the next one. Without it k is not split. plan: the tile and the splits, by default what
+    tuning.linear_plan chooses.
+
+    A row of out depends on its row of x alone, bit for bit, among all m above 64, among all m up to 64 (with the same
+    workspace or none, on the same kind of GPU), and among all m with plans of as many splits. Raises ValueError for
+    arrays that don't fit together.
     """
-    _launch(out, x, weight, bias, Epilogue.ACCUMULATE if accumulate else Epilogue.STORE, tile)
+    _launch(out, x, weight, bias, Epilogue.ACCUMULATE if accumulate else Epilogue.STORE, workspace, plan)
 
 
-def linear_silu_and_mul(out, x, weight, *, tile: LinearTile | None = None) -> None:
+def linear_silu_and_mul(out, x, weight, *, workspace=None, plan: LinearPlan | None = None) -> None:
     """out = silu(x @ gate^T) * (x @ up^T), rounded once: x [m, k], weight [2 * n, k], whose rows 2i and 2i + 1 are rows
     i of gate and up, and out [m, n] of one dtype, bfloat16 or float16. The rest as in `linear`.
     """
-    _launch(out, x, weight, None, Epilogue.SILU_AND_MUL, tile)
+    _launch(out, x, weight, None, Epilogue.SILU_AND_MUL, workspace, plan)
 
 
-def _launch(out, x, weight, bias, epilogue: Epilogue, tile: LinearTile | None) -> None:
+def _launch(out, x, weight, bias, epilogue: Epilogue, workspace, plan: LinearPlan | None) -> None:
     m, n, k = check_linear(out, x, weight, bias, epilogue)
     if m == 0 or n == 0:
         return
-    tile = tile or linear_tile(m, n, device_info())
-    grid = (ceil_div(m, tile.tile_m) * ceil_div(n, tile.tile_n),)
-    sizes = (np.int32(m), np.int32(n), np.int32(k))
-    args = (out, x, weight, NULL if bias is None else bias, *sizes, np.int32(epilogue))
-    load_kernel("linear.cu", _name(x.dtype, out.dtype, tile))(grid, (tile.num_threads,), args, tile.shared_bytes)
+    if plan is None:
+        plan = linear_plan(m, n, k, device_info())
+        if workspace is None:
+            plan = plan._replace(num_splits=1)
+    tile, num_splits = plan
+    steps = ceil_div(k, LINEAR_TILE_K)
+    check_that(1 <= num_splits <= steps, f"plan: {k} columns can be split in 1 to {steps}; got {num_splits} splits")
+    num_tiles = ceil_div(m, tile.tile_m) * ceil_div(n, tile.tile_n)
+    partials, counters = NULL, NULL
+    if num_splits > 1:
+        partials, counters = _scratch(workspace, num_tiles, num_splits * tile.tile_m * tile.tile_n)
+    sizes = (np.int32(m), np.int32(n), np.int32(k), np.int32(num_splits))
+    args = (out, x, weight, NULL if bias is None else bias, partials, counters, *sizes, np.int32(epilogue))
+    kernel = load_kernel("linear.cu", _name(x.dtype, out.dtype, tile))
+    kernel((num_tiles * num_splits,), (tile.num_threads,), args, tile.shared_bytes)
+
+
+def _scratch(workspace, num_tiles: int, floats_per_tile: int):
+    """(partial sums, counters), parts of the workspace. The counters have a place where no shape's partial sums come:
+    they must stay zeros between launches."""
+    check_that(workspace is not None, "workspace: splits of k need one; got None")
+    check("workspace", workspace, (None,), np.uint8)
+    wanted = COUNTERS_SIZE + 4 * num_tiles * floats_per_tile
+    check_that(workspace.shape[0] >= wanted, f"workspace: expected {wanted} bytes or more; got {workspace.shape[0]}")
+    check_that(
+        4 * num_tiles <= COUNTERS_SIZE, f"plan: at most {COUNTERS_SIZE // 4} tiles can be split; got {num_tiles}"
+    )
+    check_vectors("workspace", workspace, VECTOR_BYTES)
+    return workspace[COUNTERS_SIZE:wanted].view(np.float32), workspace[:COUNTERS_SIZE].view(np.int32)
 
 
 def check_linear(out, x, weight, bias, epilogue: Epilogue) -> tuple[int, int, int]:

@@ -20,7 +20,7 @@ def linear_small(out, x, weight, bias=None, *, accumulate: bool = False, tile: L
     """out = x @ weight^T + bias, or out += that, as in `linear`, for x of at most 16 rows.
 
     A row of out depends on its row of x alone, bit for bit, whatever m, n and the tile (by default the one that
-    tuning.linear_small_tile chooses). `linear` sums in another order, so its rows are the same to rounding only.
+    tuning.linear_small_tile chooses). `linear` sums in other orders, so its rows are the same to rounding only.
     """
     _launch(out, x, weight, bias, Epilogue.ACCUMULATE if accumulate else Epilogue.STORE, tile)
 

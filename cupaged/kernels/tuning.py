@@ -1,19 +1,23 @@
 """Which tile for which shape on which GPU: pure functions, to be printed and tested. Launchers obey.
 
-No choice here changes a result: the kernels sum each element in an order that their tiles have no part in.
+No choice of a tile changes a result: the kernels sum each element in an order that their tiles have no part in. The
+number of splits of k does; it is a function of n, k and the GPU alone for all steps of up to SPLIT_ROWS tokens.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cupaged.kernels.checks import ceil_div
 from cupaged.kernels.device import DeviceInfo
 
-# What an SM of an H100 does in a clock, from its data sheet and with L2 shared evenly; not yet measured.
+# What an SM of an H100 does in a clock (1.7 GHz) by its data sheet, with L2 and DRAM shared evenly; not yet measured.
 PRODUCTS_PER_CLOCK = 1024  # of bf16, by mma.sync
 L2_BYTES_PER_CLOCK = 24
+DRAM_BYTES_PER_CLOCK = 14
+LATENCY_CLOCKS = 1200  # of a read from DRAM, some 0.7 us; an arrival at a counter takes about as long
 
 LINEAR_TILE_K = 64  # elements of k in a stage of linear.cu
 
@@ -47,8 +51,27 @@ LINEAR_TILES = (
 )
 
 
+SPLIT_ROWS = 64  # of x, at most, where k may be split: more tokens make tiles enough, and partial sums too large
+MAX_PARTIALS_PER_SM = 2  # thread blocks that leave partial sums: more would have to wait for a place
+
+
+class LinearPlan(NamedTuple):
+    tile: LinearTile
+    num_splits: int  # thread blocks that share k for a tile
+
+
 @functools.lru_cache(maxsize=4096)
-def linear_tile(m: int, n: int, device: DeviceInfo) -> LinearTile:
+def linear_plan(m: int, n: int, k: int, device: DeviceInfo) -> LinearPlan:
+    """The tile and the splits of k for x [m, k] and weight [n, k]."""
+    if m < SPLIT_ROWS:
+        return linear_plan(SPLIT_ROWS, n, k, device)  # a row's sums are not to depend on how many others there are
+    tiles = [tile for tile in LINEAR_TILES if tile.shared_bytes <= device.max_shared_bytes]
+    if m > SPLIT_ROWS:
+        return LinearPlan(_tile_of_many_rows(m, n, tiles, device), 1)
+    return _plan_of_few_rows(n, k, [tile for tile in tiles if tile.tile_m == SPLIT_ROWS], device)
+
+
+def _tile_of_many_rows(m: int, n: int, tiles: list[LinearTile], device: DeviceInfo) -> LinearTile:
     """The tile with which the busiest SM is done soonest; on a tie the one with the least padding, then the larger."""
 
     def cost(tile: LinearTile) -> tuple[float, int]:  # for one element of k: clocks of the busiest SM, products of all
@@ -58,7 +81,45 @@ def linear_tile(m: int, n: int, device: DeviceInfo) -> LinearTile:
         clocks = max(products / PRODUCTS_PER_CLOCK, rows * 2 / L2_BYTES_PER_CLOCK)
         return ceil_div(num_tiles, device.num_sms) * clocks, num_tiles * products
 
-    return min((tile for tile in LINEAR_TILES if tile.shared_bytes <= device.max_shared_bytes), key=cost)
+    return min(tiles, key=cost)
+
+
+def _plan_of_few_rows(n: int, k: int, tiles: list[LinearTile], device: DeviceInfo) -> LinearPlan:
+    """The plan that is done soonest with SPLIT_ROWS tokens, where reading weight is the work: small n gives too few
+    tiles for all SMs, small tiles draw x from L2 too often, and splits have to be merged."""
+    steps = ceil_div(k, LINEAR_TILE_K)
+
+    def clocks(plan: LinearPlan) -> float:
+        tile, num_splits = plan
+        num_tiles = ceil_div(n, tile.tile_n)
+        blocks_per_sm = ceil_div(num_tiles * num_splits, device.num_sms)  # of the busiest
+        at_once = min(blocks_per_sm, (device.max_shared_bytes + 1024) // (tile.shared_bytes + 1024))
+        steps_per_sm = ceil_div(steps, num_splits) * blocks_per_sm
+        step_bytes = (tile.tile_m + min(n, tile.tile_n)) * LINEAR_TILE_K * 2
+        reading = max(
+            steps_per_sm * step_bytes / L2_BYTES_PER_CLOCK,
+            n * k * 2 / device.num_sms / DRAM_BYTES_PER_CLOCK,
+            (1 + steps_per_sm / at_once / (tile.stages - 1)) * LATENCY_CLOCKS,  # a stage's copies take one latency
+        )
+        if num_splits == 1:
+            return reading
+        partial_bytes = tile.tile_m * tile.tile_n * 4  # each is written, and the last thread block of a tile reads all
+        return reading + 2 * LATENCY_CLOCKS + (blocks_per_sm + num_splits) * partial_bytes / L2_BYTES_PER_CLOCK
+
+    plans = (LinearPlan(tile, num_splits) for tile in tiles for num_splits in _useful_splits(n, steps, tile, device))
+    return min(plans, key=clocks)
+
+
+def _useful_splits(n: int, steps: int, tile: LinearTile, device: DeviceInfo) -> list[int]:
+    """1, and each number that leaves less for the longest split than the one before and not too many partial sums."""
+    most = min(steps, MAX_PARTIALS_PER_SM * device.num_sms // ceil_div(n, tile.tile_n))
+    return [1, *(i for i in range(2, most + 1) if ceil_div(steps, i) < ceil_div(steps, i - 1))]
+
+
+def max_partial_floats(device: DeviceInfo) -> int:
+    """The most elements that all partial sums of a plan have."""
+    largest = max(tile.tile_m * tile.tile_n for tile in LINEAR_TILES if tile.tile_m == SPLIT_ROWS)
+    return MAX_PARTIALS_PER_SM * device.num_sms * largest
 
 
 @dataclass(frozen=True)

@@ -571,6 +571,12 @@ MUTATIONS = (
         ("linear",),
     ),
     Mutation(
+        EDGE, "linear.cu", "the step between two splits is left out where they are not of one size",
+        "(long long)all_tiles_k * (split + 1) / num_splits - first_tile_k;",
+        "all_tiles_k / num_splits;",
+        ("linear",),
+    ),
+    Mutation(
         EDGE, "sampler.cu", "the first digit's mask is shifted by all of its 32 bits",
         "shift == 24 ? 0 : ~0u << (shift + 8);",
         "~0u << (shift + 8);",
@@ -638,6 +644,24 @@ MUTATIONS = (
         ("linear",),
     ),
     Mutation(
+        STATE, "linear.cu", "the counter of splits is not set back for the next launch",
+        "    if (threadIdx.x == 0) counters[out_tile] = 0;",
+        "    ",
+        ("linear",),
+    ),
+    Mutation(
+        STATE, "linear.cu", "the last split's sums are left out",
+        "for (int s = 0; s < num_splits; ++s)",
+        "for (int s = 0; s < num_splits - 1; ++s)",
+        ("linear",),
+    ),
+    Mutation(
+        STATE, "linear.cu", "the split that arrives last counts its own sums twice",
+        "(s == 0 ? 0.f : sum[i][j][e])",
+        "sum[i][j][e]",
+        ("linear",),
+    ),
+    Mutation(
         STATE, "linear_small.cu", "what out holds is added whether asked for or not",
         "if (accumulates<out_t>(epilogue)) value +=",
         "value +=",
@@ -677,6 +701,26 @@ MUTATIONS = (
         "before its arrival\n  __syncthreads();",
         "before its arrival",
         DECODE,
+        why_not="thread blocks run one after another here: the whole block has written before the next one starts",
+    ),
+    Mutation(
+        BLOCKS, "linear.cu", "the last split but one adds up, before the last is there",
+        "== num_splits - 1;",
+        "== num_splits - 2;",
+        ("linear",),
+    ),
+    Mutation(
+        BLOCKS, "linear.cu", "no fence before a split announces its sums",
+        "    __threadfence();  // this thread's sums before its arrival\n",
+        "",
+        ("linear",),
+        why_not="thread blocks run one after another here, so global memory is always in order",
+    ),
+    Mutation(
+        BLOCKS, "linear.cu", "a split is announced before all of its threads have written",
+        "before its arrival\n    __syncthreads();",
+        "before its arrival",
+        ("linear",),
         why_not="thread blocks run one after another here: the whole block has written before the next one starts",
     ),
     Mutation(

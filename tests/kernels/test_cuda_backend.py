@@ -350,11 +350,12 @@ def test_upload_batch(backend):
         backend.upload_batch(random_batch(rng, 0, [64] * 8, 40))
 
 
-def test_the_decode_workspace_starts_as_zeros_and_goes(backend):
+@pytest.mark.parametrize("name", ["_decode_workspace", "_linear_workspace"])
+def test_workspaces_start_as_zeros_and_go(backend, name):
     backend.reserve(Checkpoint(GOLDEN / "llama").config, max_num_tokens=64, max_num_seqs=8, max_model_len=100)
-    assert not backend.to_host(backend._decode_workspace).any()
+    assert not backend.to_host(getattr(backend, name)).any()
     backend.close()
-    assert backend._decode_workspace is None
+    assert getattr(backend, name) is None
 
 
 def test_out_of_memory_says_how_much_and_what_to_do(backend, monkeypatch):

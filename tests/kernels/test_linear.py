@@ -8,16 +8,19 @@ import pytest
 from cupaged.kernels import linear as linear_module
 from cupaged.kernels import linear_small as linear_small_module
 from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32, HALF_TYPES, ceil_div
-from cupaged.kernels.device import DeviceInfo
-from cupaged.kernels.linear import linear, linear_silu_and_mul
+from cupaged.kernels.device import DeviceInfo, set_device_info
+from cupaged.kernels.linear import COUNTERS_SIZE, linear, linear_silu_and_mul, linear_workspace_size
 from cupaged.kernels.linear_small import MAX_ROWS, linear_small, linear_small_silu_and_mul
 from cupaged.kernels.tuning import (
     LINEAR_SMALL_TILES,
     LINEAR_TILES,
+    SPLIT_ROWS,
+    LinearPlan,
     LinearSmallTile,
     LinearTile,
+    linear_plan,
     linear_small_tile,
-    linear_tile,
+    max_partial_floats,
 )
 from kernel_tools import SMALLEST_SUBNORMAL, UNIT_ROUNDOFF, assert_close, is_poison, poisoned
 
@@ -46,12 +49,19 @@ def guarded(runner, values: np.ndarray):
     return buffer[GUARD : GUARD + len(values)], buffer
 
 
-def run(runner, operation, x, weight, bias, out_dtype, tile, added_to: np.ndarray | None = None) -> np.ndarray:
+def chosen(tile) -> dict:
+    """The argument that makes an operation take this tile, or LinearPlan."""
+    if isinstance(tile, LinearTile):
+        tile = LinearPlan(tile, 1)
+    return {"plan": tile} if isinstance(tile, LinearPlan) else {"tile": tile}
+
+
+def run(runner, operation, x, weight, bias, out_dtype, tile, added_to: np.ndarray | None = None, **more) -> np.ndarray:
     """The operation's out, before it all NaN or what is added to. What lies around it must not be written."""
     accumulate = added_to is not None
     out, buffer = guarded(runner, added_to if accumulate else poisoned((len(x), len(weight)), out_dtype))
     bias = None if bias is None else guarded(runner, bias)[0]
-    operation(out, runner.array(x), runner.array(weight), bias, accumulate=accumulate, tile=tile)
+    operation(out, runner.array(x), runner.array(weight), bias, accumulate=accumulate, **chosen(tile), **more)
     buffer = runner.host(buffer)
     assert is_poison(buffer[:GUARD]).all()
     assert is_poison(buffer[GUARD + len(x) :]).all()
@@ -184,11 +194,11 @@ def gated_cases():
                 yield pytest.param(operation, m, n, k, HALF_TYPES[i % 2], tile, id=id)
 
 
-def gated(runner, operation, x, gate, up, tile) -> np.ndarray:
+def gated(runner, operation, x, gate, up, tile, **more) -> np.ndarray:
     """The operation's out, NaN before it. What lies around it must not be written."""
     weight = np.stack([gate, up], axis=1).reshape(-1, gate.shape[1])
     out, buffer = guarded(runner, poisoned((len(x), len(gate)), x.dtype))
-    operation(out, guarded(runner, x)[0], guarded(runner, weight)[0], tile=tile)
+    operation(out, guarded(runner, x)[0], guarded(runner, weight)[0], **chosen(tile), **more)
     buffer = runner.host(buffer)
     assert is_poison(buffer[:GUARD]).all()
     assert is_poison(buffer[GUARD + len(x) :]).all()
@@ -246,6 +256,163 @@ def test_extreme_gates(runner, operation, tile, dtype):
     assert_close(gated(runner, operation, x, gate, up, tile)[0], expected, **tolerance)
 
 
+# -- splits of k ----------------------------------------------------------------------------------------------
+
+
+def plan_id(plan: LinearPlan) -> str:
+    return f"{tile_id(plan.tile)}-by-{plan.num_splits}"
+
+
+def new_workspace(runner, plan: LinearPlan, m: int, n: int, *, extra: int = 0):
+    """As large as the plan needs, with counters of zero and partial sums of NaN."""
+    num_tiles = ceil_div(m, plan.tile.tile_m) * ceil_div(n, plan.tile.tile_n)
+    size = 4 * num_tiles * plan.num_splits * plan.tile.tile_m * plan.tile.tile_n
+    return runner.array(np.repeat([0, 255], [COUNTERS_SIZE, size + extra]).astype(np.uint8))
+
+
+def assert_ready_for_the_next(runner, workspace, extra: int = 0):
+    """Counters are zero, and what the plan doesn't need is as it was."""
+    workspace = runner.host(workspace)
+    assert (workspace[:COUNTERS_SIZE] == 0).all()
+    assert (workspace[workspace.size - extra :] == 255).all()
+    assert (workspace[COUNTERS_SIZE:] != 255).any()  # or else nothing was split
+
+
+FEW_ROWS_TILES = [tile for tile in LINEAR_TILES if tile.tile_m == SPLIT_ROWS]
+
+
+def split_cases():
+    """Splits of as many steps and of fewer, down to one step; k that ends within a step; several tiles, ragged ones."""
+    for i, tile in enumerate(FEW_ROWS_TILES):
+        tn, dtype = tile.tile_n, HALF_TYPES[i % 2]
+        for m, n, k, num_splits in (
+            (17, tn, 256, 2),
+            (64, tn + 1, 328, 4),
+            (33, 2 * tn - 8, 1096, 5),
+            (49, 8, 72, 2),
+            (1, 3 * tn + 4, 520, 9),
+            (66, 2 * tn, 200, 3),
+        ):
+            yield pytest.param(
+                m, n, k, dtype, LinearPlan(tile, num_splits), id=f"{tile_id(tile)}-by-{num_splits}-{m}x{n}x{k}"
+            )
+
+
+@pytest.mark.parametrize(("m", "n", "k", "dtype", "plan"), list(split_cases()))
+def test_splits_match_the_formula(runner, rng, m, n, k, dtype, plan):
+    x, weight, bias = operands(rng, m, n, k, dtype, True)
+    workspace = new_workspace(runner, plan, m, n, extra=64)
+    out = run(runner, linear, x, weight, bias, dtype, plan, workspace=workspace)
+    assert_matches_formula(out, x, weight, bias)
+    assert_ready_for_the_next(runner, workspace, extra=64)
+
+
+@pytest.mark.parametrize("plan", [LinearPlan(LINEAR_TILES[-1], 3)], ids=plan_id)
+def test_splits_are_added_to_what_out_holds_once(runner, rng, plan):
+    x, weight, bias = operands(rng, 20, 68, 264, BFLOAT16, True)
+    added_to, workspace = residual(rng, 20, 68), new_workspace(runner, plan, 20, 68)
+    out = run(runner, linear, x, weight, bias, FLOAT32, plan, added_to, workspace=workspace)
+    assert_matches_formula(out, x, weight, bias, added_to)
+    assert_ready_for_the_next(runner, workspace)
+
+
+@pytest.mark.parametrize("plan", [LinearPlan(LINEAR_TILES[-1], 3)], ids=plan_id)
+def test_silu_is_that_of_all_splits(runner, rng, plan):
+    x, gate, up = gate_and_up(rng, 20, 40, 264, BFLOAT16)
+    workspace = new_workspace(runner, plan, 20, 2 * 40)
+    assert_gated_matches_formula(
+        gated(runner, linear_silu_and_mul, x, gate, up, plan, workspace=workspace), x, gate, up
+    )
+    assert_ready_for_the_next(runner, workspace)
+
+
+def test_launches_share_a_workspace(runner, rng):
+    """Few large tiles and many small ones in turn: what one leaves behind suits the next, which finds its counters."""
+    small, large = LINEAR_TILES[-1], FEW_ROWS_TILES[0]
+    shapes = [(17, 40, 264, small, 4), (64, 300, 128, small, 2), (20, 8, 712, large, 9), (40, 150, 328, small, 5)]
+    sizes = [4 * ceil_div(n, tile.tile_n) * num_splits * 64 * tile.tile_n for _, n, _, tile, num_splits in shapes]
+    shared = runner.array(np.zeros(COUNTERS_SIZE + max(sizes), np.uint8))
+    for m, n, k, tile, num_splits in shapes + shapes[::-1]:
+        dtype, plan = (BFLOAT16, FLOAT16)[tile is large], LinearPlan(tile, num_splits)
+        x, weight, bias = operands(rng, m, n, k, dtype, True)
+        fresh = run(runner, linear, x, weight, bias, dtype, plan, workspace=new_workspace(runner, plan, m, n))
+        assert (run(runner, linear, x, weight, bias, dtype, plan, workspace=shared) == fresh).all()
+
+
+def test_as_many_splits_give_the_same_bits_in_every_tile_and_batch(runner, rng):
+    x, weight, bias = operands(rng, 64, 70, 456, BFLOAT16, True)
+
+    def product(rows: slice, tile: LinearTile) -> np.ndarray:
+        plan, m = LinearPlan(tile, 3), len(x[rows])
+        workspace = new_workspace(runner, plan, m, 70)
+        return run(runner, linear, x[rows], weight, bias, BFLOAT16, plan, workspace=workspace)
+
+    tiles = FEW_ROWS_TILES[0], FEW_ROWS_TILES[2]  # the ones that are built for bfloat16 anyway
+    together = product(slice(None), tiles[0])
+    assert (product(slice(None), tiles[1]) == together).all()
+    for rows in (slice(1), slice(5, 22), slice(31, 64)):
+        assert (product(rows, tiles[1]) == together[rows]).all()
+
+
+@pytest.fixture
+def h100():
+    set_device_info(H100)
+    yield H100
+    set_device_info(None)
+
+
+def test_the_chosen_plan_is_what_runs(runner, rng, h100):
+    """Split where there is a workspace, else not; the rows of small steps are the same in all of them."""
+    m, n, k = 20, 40, 2048
+    plan = linear_plan(m, n, k, h100)
+    assert plan.num_splits > 1
+    x, weight, bias = operands(rng, m, n, k, BFLOAT16, True)
+    workspace = runner.array(np.zeros(linear_workspace_size(h100), np.uint8))
+    out, alone, unsplit = (runner.array(poisoned((rows, n), BFLOAT16)) for rows in (m, 1, m))
+    x, weight, bias = (runner.array(values) for values in (x, weight, bias))
+    linear(out, x, weight, bias, workspace=workspace)
+    linear(alone, x[7:8], weight, bias, workspace=workspace)
+    linear(unsplit, x, weight, bias)
+    x, weight, bias, out = (runner.host(array) for array in (x, weight, bias, out))
+    split = run(runner, linear, x, weight, bias, BFLOAT16, plan, workspace=workspace)
+    assert (out == split).all()
+    assert (runner.host(alone)[0] == out[7]).all()
+    whole = run(runner, linear, x, weight, bias, BFLOAT16, plan._replace(num_splits=1))
+    assert (runner.host(unsplit) == whole).all()
+
+
+@pytest.mark.parametrize(
+    ("num_splits", "workspace", "message"),
+    [
+        (2, None, "^workspace: splits of k need one; got None"),
+        (
+            2,
+            np.zeros(COUNTERS_SIZE + 4 * 2 * 64 * 32 - 1, np.uint8),
+            "^workspace: expected 20480 bytes or more; got 20479",
+        ),
+        (2, np.zeros(10000, np.float32), "^workspace: .* uint8"),
+        (2, np.zeros(100000, np.uint8)[1:], "^workspace: must start at a multiple of 16 bytes"),
+        (3, np.zeros(100000, np.uint8), "^plan: 80 columns can be split in 1 to 2; got 3 splits"),
+        (0, np.zeros(100000, np.uint8), "^plan: .* got 0 splits"),
+    ],
+)
+def test_splits_that_cannot_be_made_are_refused(num_splits, workspace, message):
+    operands = np.zeros((4, 8), BFLOAT16), np.zeros((4, 80), BFLOAT16), np.zeros((8, 80), BFLOAT16)
+    with pytest.raises(ValueError, match=message):
+        linear(*operands, workspace=workspace, plan=LinearPlan(LINEAR_TILES[-1], num_splits))
+
+
+def test_more_tiles_than_counters_are_refused():
+    n = 32 * (COUNTERS_SIZE // 4) + 1
+    operands = np.zeros((1, n), BFLOAT16), np.zeros((1, 128), BFLOAT16), np.zeros((n, 128), BFLOAT16)
+    workspace = np.empty(COUNTERS_SIZE + 4 * 2 * 64 * 32 * 1025, np.uint8)
+    with pytest.raises(ValueError, match=r"^plan: at most 1024 tiles can be split; got 1025"):
+        linear(*operands, workspace=workspace, plan=LinearPlan(LINEAR_TILES[-1], 2))
+
+
+# -- bits -----------------------------------------------------------------------------------------------------
+
+
 def test_linear_gives_the_same_bits_in_every_tile_and_batch(runner, rng):
     x, weight, bias = operands(rng, 66, 70, 200, BFLOAT16, True)
     tiles = [LINEAR_TILES[0], LINEAR_TILES[2], LINEAR_TILES[4]]  # the ones that are built for bfloat16 anyway
@@ -288,7 +455,7 @@ def test_what_lies_around_the_operands_has_no_influence(runner, rng, operation, 
     x, weight, bias = operands(rng, 7, 37, 72, BFLOAT16, True)
     around = [guarded(runner, values)[0] for values in (x, weight, bias)]
     out = runner.array(poisoned((7, 37), BFLOAT16))
-    operation(out, *around, tile=tile)
+    operation(out, *around, **chosen(tile))
     assert np.array_equal(runner.host(out), run(runner, operation, x, weight, bias, BFLOAT16, tile))
 
 
@@ -381,13 +548,16 @@ def test_linear_small_refuses_more_rows_than_it_can_hold():
 SIZES = (1, 8, 576, 960, 2048, 4096, 6144, 28672, 32001, 49152, 151936)
 
 
-@pytest.mark.parametrize("device", [H100, A100, RTX_5090], ids=lambda device: device.arch)
+DEVICES = pytest.mark.parametrize("device", [H100, A100, RTX_5090], ids=lambda device: device.arch)
+
+
+@DEVICES
 def test_chosen_tiles_fit_the_device_and_are_shipped(device):
     names = {name for _, name in linear_module.instantiations()}
     small_names = {name for _, name in linear_small_module.instantiations()}
     for n in SIZES:
         for m in (1, 16, 17, 63, 64, 65, 128, 500, 4096, 100_000):
-            tile = linear_tile(m, n, device)
+            tile, _ = linear_plan(m, n, 4096, device)
             assert tile.shared_bytes <= device.max_shared_bytes
             sizes = (tile.tile_m, tile.tile_n, tile.warps_m, tile.warps_n, tile.stages)
             assert f"linear<__half, float, {', '.join(map(str, sizes))}>" in names
@@ -398,19 +568,50 @@ def test_chosen_tiles_fit_the_device_and_are_shipped(device):
             assert f"linear_small<__half, __half, {tile.row_tiles}, {tile.token_tiles}, {tile.stages}>" in small_names
 
 
+@DEVICES
+def test_splits_depend_on_the_weight_alone_and_fit_the_workspace(device):
+    for n in SIZES:
+        for k in (8, 64, 576, 1536, 4096, 14336):
+            plan = linear_plan(1, n, k, device)
+            assert {linear_plan(m, n, k, device) for m in (17, 32, 63, SPLIT_ROWS)} == {plan}
+            tile, num_splits = plan
+            assert 1 <= num_splits <= ceil_div(k, 64)
+            assert linear_plan(SPLIT_ROWS + 1, n, k, device).num_splits == 1
+            if num_splits > 1:
+                num_tiles = ceil_div(n, tile.tile_n)
+                assert num_tiles * num_splits * tile.tile_m * tile.tile_n <= max_partial_floats(device)
+                assert 4 * num_tiles <= COUNTERS_SIZE
+    assert linear_workspace_size(device) < 12e6
+
+
+@DEVICES
 @pytest.mark.parametrize(
-    ("m", "n", "device", "expected"),
+    ("n", "k"), [(6144, 4096), (4096, 4096), (4096, 14336), (2048, 2048), (3072, 2048), (2048, 8192)]
+)
+def test_weights_of_small_steps_are_read_by_most_sms(device, n, k):
+    """Where tiles alone would leave half of them or more idle."""
+    tile, num_splits = linear_plan(32, n, k, device)
+    assert num_splits > 1
+    assert ceil_div(n, tile.tile_n) < 0.6 * device.num_sms
+    num_blocks = ceil_div(n, tile.tile_n) * num_splits
+    assert 0.7 * device.num_sms <= num_blocks <= 2 * device.num_sms
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "device", "expected"),
     [
-        (4096, 28672, H100, (128, 256)),  # plenty of work: the tile that draws the least from L2
-        (4096, 28672, RTX_5090, (128, 128)),  # 144 KB don't fit there
-        (32, 2048, H100, (64, 32)),  # few rows: 64 thread blocks are better than 16
-        (128, 4096, H100, (64, 64)),  # 128 tiles on 132 SMs, where 128 x 128 would leave 100 of them idle
-        (64, 28672, H100, (64, 128)),  # no tile of 128 tokens for 64
+        (4096, 28672, 4096, H100, (128, 256, 1)),  # plenty of work: the tile that draws the least from L2
+        (4096, 28672, 4096, RTX_5090, (128, 128, 1)),  # 144 KB don't fit there
+        (128, 4096, 4096, H100, (64, 64, 1)),  # 128 tiles on 132 SMs, where 128 x 128 would leave 100 of them idle
+        (64, 28672, 4096, H100, (64, 128, 1)),  # no tile of 128 tokens for 64, and enough of this one
+        (32, 4096, 4096, H100, (64, 64, 2)),  # 128 thread blocks
+        (32, 4096, 14336, H100, (64, 128, 4)),  # again, with less of x to draw: a long k outweighs merging four splits
+        (32, 576, 576, H100, (64, 32, 1)),  # so little to read that merging would take longer
     ],
 )
-def test_tile_for_shape(m, n, device, expected):
-    tile = linear_tile(m, n, device)
-    assert (tile.tile_m, tile.tile_n) == expected
+def test_plan_for_shape(m, n, k, device, expected):
+    tile, num_splits = linear_plan(m, n, k, device)
+    assert (tile.tile_m, tile.tile_n, num_splits) == expected
 
 
 def test_small_tile_takes_two_row_tiles_where_every_sm_still_has_two_blocks():
