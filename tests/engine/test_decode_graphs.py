@@ -13,6 +13,7 @@ from cupaged.engine.block_pool import NULL_BLOCK
 from cupaged.engine.decode_graphs import BATCH_SIZES, DecodeGraphs
 from cupaged.kernels.linear_sm90 import MIN_ROWS
 from cupaged.kernels.linear_small import MAX_ROWS
+from cupaged.kernels.tuning import SPLIT_ROWS
 
 
 class RecordingBackend:
@@ -87,7 +88,9 @@ def test_batches_are_padded_to_few_sizes(max_num_seqs):
         sizes.add(size)
         # No edge between two matrix kernels lies between n and its size: it would change the sums' order.
         assert -(-n // 8) == -(-size // 8) or (n > 256 and -(-n // 16) == -(-size // 16))
-        assert (n <= MAX_ROWS, n >= MIN_ROWS) == (size <= MAX_ROWS, size >= MIN_ROWS)
+        assert (n <= MAX_ROWS, n <= SPLIT_ROWS, n >= MIN_ROWS) == (
+            size <= MAX_ROWS, size <= SPLIT_ROWS, size >= MIN_ROWS
+        )  # fmt: skip
 
         assert padded.num_decodes == padded.num_tokens == size
         assert padded.max_query_len == 0
