@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import threading
@@ -53,6 +54,9 @@ class Engine:
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
+        self._token_text = functools.cache(  # decoding costs more than all else about a log probability
+            lambda token_id: None if tokenizer is None else tokenizer.decode([token_id], False)
+        )
         self.backend = backend
         self.arena = self._make_arena()
         self.max_model_len = fit_max_model_len(config, model, self.arena.layout, self.arena.max_blocks)
@@ -601,8 +605,7 @@ class Engine:
         entries: dict[int, Logprob] = {}
         for token_id, value, rank in zip(token_ids, values, ranks, strict=False):
             if token_id not in entries:  # the first one is often among the most likely
-                text = self.tokenizer.decode([token_id], False) if self.tokenizer is not None else None
-                entries[token_id] = Logprob(value, rank, text)
+                entries[token_id] = Logprob(value, rank, self._token_text(token_id))
         return entries
 
     # -- beam search ---------------------------------------------------------------------------------------

@@ -389,6 +389,35 @@ def test_graphs_of_growing_sequences(smollm2_dir):
 # -- what people see -------------------------------------------------------------------------------------------
 
 
+def test_prompt_logprobs_and_a_logits_processor(smollm2_dir, texts, float32_driver):
+    """Of a prompt in chunks, its logits in several groups, against float32's; beside a request whose logits change."""
+    import cupy
+
+    prompt, answer = max(texts, key=lambda text: len(text[0]))
+
+    def forbid_the_first(output_token_ids, logits):
+        assert isinstance(logits, cupy.ndarray)
+        logits[answer[0]] = -cupy.inf
+        return cupy.where(logits > logits.max() - 5, logits, cupy.float32(-cupy.inf))
+
+    score = SamplingParams(max_tokens=1, prompt_logprobs=0, **GREEDY)
+    edit = SamplingParams(max_tokens=8, logits_processors=[forbid_the_first], logprobs=0, **GREEDY)
+    with LLM(smollm2_dir, device="cuda", max_model_len=2048, max_num_batched_tokens=512, max_num_seqs=100) as llm:
+        scored, edited = llm.generate([prompt, prompt], [score, edit])
+    assert edited.outputs[0].finish_reason == "length"
+    assert answer[0] not in edited.outputs[0].token_ids
+
+    [logits] = float32_driver.step((seq := float32_driver.new_sequence(), prompt), all_logits=True)
+    float32_driver.finish(seq)
+    logits = logits[:-1].astype(np.float64) - logits[:-1].max(axis=1, keepdims=True)
+    expected = logits[np.arange(len(logits)), prompt[1:]] - np.log(np.exp(logits).sum(axis=1))
+    assert scored.prompt_logprobs[0] is None
+    values = [entry[i].logprob for i, entry in zip(prompt[1:], scored.prompt_logprobs[1:], strict=True)]
+    error = np.abs(values - expected)
+    print(f"log probabilities are off by {error.max():.3f} at most, {error.mean():.3f} on average")
+    assert error.mean() < 0.25
+
+
 def test_one_prompt_takes_little_memory(smollm2_dir):
     """Of what CuPy's pool takes from the card; preallocation and long contexts are for those who ask."""
     import cupy
