@@ -30,7 +30,7 @@ COUNTS = (
 )  # fmt: skip
 
 
-counts = Counter()
+counts, engine_counts = Counter(), Counter()
 
 
 class CountedWalk(EngineWalk):
@@ -43,7 +43,7 @@ class CountedWalk(EngineWalk):
         counts["walks"] += 1
         if hasattr(self, "engine"):
             stats = vars(self.engine.stats())
-            counts.update({f"engine's {name}": stats[name] for name in COUNTS})
+            engine_counts.update({name: stats[name] for name in COUNTS})
 
 
 def main() -> None:
@@ -73,6 +73,7 @@ def main() -> None:
         "seeds": [options.seed, first_seed - 1],
         "seconds": round(time.monotonic() - start),
         **counts,
+        "in_the_engine": engine_counts,
     }
     options.out.write_text(json.dumps(report, indent=2) + "\n")
 
