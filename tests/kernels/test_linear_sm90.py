@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from kernels.test_linear import (
+from linear_tools import (
     H100,
     SIZES,
     assert_gated_matches_formula,
