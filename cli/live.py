@@ -86,7 +86,7 @@ def is_drawable(terminal: TextIO) -> bool:
 def frame(engine: Engine, step_time: float, tokens_per_second: float, width: int, height: int) -> list[str]:
     """The view's lines: at most `height`, of at most `width` characters, colours not counted."""
     stats, scheduler = engine.stats(), engine.scheduler
-    step, states = scheduler.last_step, block_states(engine.pool)
+    step, states = engine.last_step, block_states(engine.pool)
     counts = Counter(states)
     rows, group = block_map(states, width, max_rows=max(1, min(MAX_MAP_ROWS, height // 4)))
     preempted = sum(request.metrics.first_scheduled_time is not None for request in scheduler.waiting)

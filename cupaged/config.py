@@ -96,6 +96,8 @@ class EngineConfig:
         in the host's memory ("swap", as long as there is room); "auto" takes what has cost less time so far.
     swap_space_bytes: host memory that swapping may take, page-locked and taken as needed. None means 4 GiB where that
         makes sense: on a GPU, or with preemption_mode "swap". 0 means none.
+    async_scheduling: launch a step before the tokens of the one before it are known, so that the device need not wait
+        for the host in between. Tokens are the same either way. None does so on a GPU; on the CPU it hides nothing.
     max_queue_len: the most requests that may wait; more are refused with QueueFullError. None sets no limit.
     enforce_eager: launch the kernels of every step one by one. Otherwise, on a GPU, steps that only decode are captured
         as CUDA graphs when batches of a size and length first come: less time, some memory, the same results.
@@ -116,6 +118,7 @@ class EngineConfig:
     scheduling_policy: str = "fcfs"  # of SCHEDULING_POLICIES
     preemption_mode: str = "auto"  # of PREEMPTION_MODES
     swap_space_bytes: int | None = None
+    async_scheduling: bool | None = None
     max_queue_len: int | None = None
     enforce_eager: bool = False
     debug: bool = False
@@ -146,6 +149,8 @@ class EngineConfig:
             raise ValueError("swap_space_bytes must be more than 0 for preemption_mode 'swap'; got 0")
         idle = self.idle_trim_seconds
         require(idle is None or (is_finite_number(idle) and idle >= 0), "idle_trim_seconds", idle, ">= 0, or None")
+        ahead = self.async_scheduling
+        require(ahead is None or isinstance(ahead, bool), "async_scheduling", ahead, "True, False or None")
         queue = self.max_queue_len
         require(queue is None or (is_int(queue) and queue >= 1), "max_queue_len", queue, "an integer >= 1, or None")
         share = self.gpu_memory_utilization

@@ -52,7 +52,7 @@ class Trace:
     def record(self, engine: Engine, start: float, end: float) -> None:
         """Take note of the engine's last step and of its state after it; LLM's on_step. start, end: of the step, in
         seconds on time.monotonic()'s clock."""
-        step = engine.scheduler.last_step
+        step = engine.last_step
         self._record_step(step, start, end)
         self._record_counters(engine, start)
         requests = dict.fromkeys([*(seq.request for seq in step.sequences), *step.failed, *engine.scheduler.running])

@@ -4,6 +4,7 @@ output, and no schedule may.
 """
 
 import zlib
+from collections import deque
 from dataclasses import replace
 
 import numpy as np
@@ -55,6 +56,12 @@ def expected_output(prompt, num_tokens, *, seed=None, ignore_eos=False, window=N
     return token_ids[len(prompt) :]
 
 
+def poisoned(shape, dtype):
+    array = np.empty(shape, dtype)
+    array.view(np.uint8).fill(0xFF)  # NaN for floats, -1 for integers
+    return array
+
+
 class FakeBackend:
     """NumPy memory, poisoned with NaN; a greedy sampler, and one that hashes (best token, seed, counter)."""
 
@@ -70,9 +77,7 @@ class FakeBackend:
     def empty(self, shape, dtype):
         if self.out_of_memory:
             raise OutOfMemoryError("no memory is left")
-        array = np.empty(shape, dtype)
-        array.view(np.uint8).fill(0xFF)  # NaN for floats, -1 for integers
-        return array
+        return poisoned(shape, dtype)
 
     def copy_in(self, dst, src):
         dst[...] = src
@@ -82,6 +87,10 @@ class FakeBackend:
 
     def to_host(self, src):
         return src.copy()
+
+    def fetch(self, src):
+        copied = src.copy()
+        return lambda: copied
 
     def empty_host(self, shape, dtype):
         return self.empty(shape, dtype)
@@ -106,6 +115,13 @@ class FakeBackend:
     def upload_batch(self, batch):
         return batch
 
+    def take_tokens(self, token_ids, drawn):
+        for i in np.flatnonzero(token_ids < 0):
+            token_ids[i] = drawn[-token_ids[i] - 1]
+
+    def flush(self):
+        """Compute what was put off: nothing, here."""
+
     def close(self):
         self.closed = True
 
@@ -126,7 +142,7 @@ class FakeBackend:
 class FakeDecoder:
     """Writes tokens where the model would write K, positions where it would write V, and reads them back.
 
-    fail: raise instead of computing the next step. during_forward: is called in each step. nan_after: a token id; a
+    fail: raise instead of launching the next step. during_forward: is called in each step. nan_after: a token id; a
     sequence that ends with it gets NaN. window: it looks at so many tokens, the last one included.
     """
 
@@ -143,6 +159,9 @@ class FakeDecoder:
             raise error
         if self.during_forward is not None:
             self.during_forward()
+        return self.compute(batch, arena)
+
+    def compute(self, batch, arena):
         check_batch(batch, arena, self.window)
         self.batches.append((batch.num_decodes, np.diff(batch.query_start_loc).tolist()))
         slabs, indices, offsets = locate(batch.slot_mapping, arena)
@@ -184,6 +203,124 @@ class SpreadDecoder(FakeDecoder):
         return spread_logits(token_ids)
 
 
+class LateBackend(FakeBackend):
+    """FakeBackend on a device that computes as late as it may: when somebody waits, and then only up to what is waited
+    for. What goes up is read at once; all else is looked at when it is computed.
+
+    log: ("launch" or "wait", number of the step), in the order in which the host did so.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.log = []
+        self.num_launched = 0  # steps
+        self._put_off = deque()
+        self._num_done = 0
+        self._batch = {}  # by name, the memory of the batch that was uploaded last
+
+    def later(self, compute, *args):
+        """Returns what waits for it."""
+        self._put_off.append((compute, args))
+        number = self._num_done + len(self._put_off)
+
+        def wait():
+            while self._num_done < number:
+                self._num_done += 1
+                compute, args = self._put_off.popleft()
+                try:
+                    compute(*args)
+                except BaseException:
+                    self._num_done += len(self._put_off)
+                    self._put_off.clear()
+                    raise
+
+        return wait
+
+    def flush(self):
+        self.later(lambda: None)()
+
+    def copy_in(self, dst, src):
+        self.later(np.copyto, dst, src.copy())
+
+    def copy(self, dst, src):
+        self.later(np.copyto, dst, src)
+
+    def to_host(self, src):
+        self.flush()
+        return src.copy()
+
+    def fetch(self, src):
+        fetched, step = poisoned(src.shape, src.dtype), self.num_launched
+        wait = self.later(np.copyto, fetched, src)
+
+        def result():
+            self.log.append(("wait", step))
+            wait()
+            return fetched
+
+        return result
+
+    def upload_batch(self, batch):
+        arrays = {}
+        for name, array in vars(batch).items():
+            if isinstance(array, np.ndarray):
+                if name not in self._batch or self._batch[name].size < array.size:
+                    self._batch[name] = poisoned((2 * array.size,), np.int32)
+                arrays[name] = self._batch[name][: array.size].reshape(array.shape)
+                self.copy_in(arrays[name], array)
+        return replace(batch, **arrays)
+
+    def copy_blocks(self, dst, src, pairs):
+        self.later(super().copy_blocks, dst, src, pairs)
+
+    def take_tokens(self, token_ids, drawn):
+        self.later(super().take_tokens, token_ids, drawn)
+
+    def keep_allowed(self, *args):
+        self.later(sampling_reference.keep_allowed, *args)
+
+    def edit_logits(self, *args):
+        self.later(sampling_reference.edit_logits, *args)
+
+    def logprobs(self, *args):
+        self.later(sampling_reference.logprobs, *args)
+
+    def sample(self, *args):
+        self.later(super().sample, *args)
+
+
+class LateDecoder(FakeDecoder):
+    """On a LateBackend. fail_late: raise when the next step is computed."""
+
+    def __init__(self, backend, decoder, max_num_logits):
+        self._backend = backend
+        self._decoder = decoder
+        self._logits = backend.empty((max_num_logits, VOCAB_SIZE), np.float32)
+        self.fail = self.fail_late = self.during_forward = None
+
+    @property
+    def batches(self):
+        return self._decoder.batches
+
+    def compute(self, batch, arena):
+        self._backend.num_launched += 1
+        self._backend.log.append(("launch", self._backend.num_launched))
+        logits = self._logits[: len(batch.logits_indices)]
+        self._backend.later(self._compute_now, logits, batch, arena)
+        return logits
+
+    def compute_logits(self, indices):
+        logits = self._logits[: len(indices)]
+        self._backend.later(lambda: np.copyto(logits, self._decoder.compute_logits(indices)))
+        return logits
+
+    def _compute_now(self, logits, batch, arena):
+        if self.fail_late is not None:
+            error, self.fail_late = self.fail_late, None
+            raise error
+        logits[...] = self._decoder.compute(batch, arena)
+
+
 def spread_logits(token_ids) -> np.ndarray:
     """[VOCAB_SIZE] float32, a hash of all tokens. EOS is likely."""
     best = most_likely_token(token_ids)
@@ -207,6 +344,7 @@ def check_batch(batch, arena, window=None):
         assert array.dtype == np.int32, name
         assert array.flags.c_contiguous, name
     query_lens = np.diff(batch.query_start_loc)
+    assert (batch.token_ids >= -1).all()  # -1: drawn from a row without a finite logit, by who has ended
     assert batch.query_start_loc[0] == 0
     assert batch.query_start_loc[-1] == batch.num_tokens == len(batch.positions) == len(batch.slot_mapping)
     assert (query_lens > 0).all()
@@ -229,17 +367,20 @@ def check_batch(batch, arena, window=None):
     assert len(np.unique(batch.slot_mapping)) == batch.num_tokens
 
 
-def make_engine(num_blocks=64, tokenizer=None, model=MODEL, **config) -> Engine:
-    """An engine with FakeDecoder at `engine.runner.decoder` and FakeBackend at `engine.backend`."""
+def make_engine(num_blocks=64, tokenizer=None, model=MODEL, decoder=None, **config) -> Engine:
+    """An engine with FakeDecoder, or another one, at `engine.runner.decoder` and FakeBackend at `engine.backend`; with
+    async_scheduling LateBackend, and a LateDecoder around the decoder."""
     config = {"block_size": 8, "seed": 1, "max_model_len": 8 * num_blocks, **config}
     num_bytes = num_blocks * config["block_size"] * BYTES_PER_TOKEN
-    return Engine(
+    config, decoder = (
         EngineConfig(kv_cache_memory_bytes=num_bytes, **config),
-        model,
-        FakeDecoder(model.sliding_window),
-        FakeBackend(),
-        tokenizer,
+        decoder or FakeDecoder(model.sliding_window),
     )
+    backend = FakeBackend()
+    if config.async_scheduling:
+        backend = LateBackend()
+        decoder = LateDecoder(backend, decoder, min(config.max_num_seqs, config.max_num_batched_tokens))
+    return Engine(config, model, decoder, backend, tokenizer)
 
 
 def model_with(**fields) -> ModelConfig:
@@ -260,6 +401,7 @@ def audit(engine):
     """Check the books, by the engine's own audit and against what the sequences and the cache's memory say; poison
     what holds nothing."""
     assert engine.audit() == []
+    engine.backend.flush()
     pool, scheduler, block_size = engine.pool, engine.scheduler, engine.config.block_size
     references = dict.fromkeys(pool.block_ids(), 0)
     for request in scheduler.running:
@@ -269,6 +411,11 @@ def audit(engine):
                 if block_id != NULL_BLOCK:
                     references[block_id] += 1
             assert cached_tokens(engine, seq, seq.block_table, engine.arena) == seq.token_ids[: seq.num_cached_tokens]
+    for seq in scheduler.leaving:
+        assert seq.state is SequenceState.FINISHED
+        for block_id in seq.block_table:
+            if block_id != NULL_BLOCK:
+                references[block_id] += 1
     for request in scheduler.waiting:
         assert not any(seq.block_table for seq in request.sequences)
         for seq in request.active:
@@ -293,7 +440,13 @@ def audit(engine):
 
 
 def preempt(engine, request):
-    """As a step would do it that lacks blocks; what is swapped is copied at once."""
+    """As a step would do it that lacks blocks; what is swapped is copied at once. A step in flight comes to nothing."""
+    if engine.pipeline.in_flight is not None:
+        step, engine.pipeline.in_flight = engine.pipeline.in_flight, None
+        step.wait()
+        engine.scheduler.complete(replace(step.schedule, sequences=[], num_tokens=[]))
+    if request.finished:
+        return
     engine.scheduler.preempt(request)
     if engine.swap is not None and (outs := engine.swap.take_outs()):
         engine._swap(engine.swap_arena, engine.arena, outs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -29,7 +30,7 @@ class Launch:
 
 def is_value(arg) -> bool:
     """Whether a kernel gets it by value: a number or a struct."""
-    return isinstance(arg, np.generic) or (isinstance(arg, np.ndarray) and arg.dtype.names is not None)
+    return isinstance(arg, np.generic) or (isinstance(arg, np.ndarray) and arg.ndim == 0)
 
 
 class Graph:
@@ -42,16 +43,15 @@ class Graph:
 
     def __call__(self) -> None:
         self.num_runs += 1
-        self._device.flush()
         for launch in self.launches:
-            launch.run()
+            self._device.later(launch.run)
 
 
 class NumpyDevice:
     """CupyDevice over NumPy arrays, with memory that starts as NaN.
 
-    Copies run as late as they may: when somebody waits for them or for a later one, when a kernel is launched or a
-    result is read. So a buffer that is filled again too early shows.
+    Copies and kernels run as late as they may: when somebody waits for them or for a later one. So a buffer that is
+    filled again or read too early shows.
 
     graphs: what `capture` has made, in order, as weak references.
     """
@@ -60,7 +60,8 @@ class NumpyDevice:
 
     def __init__(self, runner):
         self._runner = runner
-        self._copies: list[tuple[np.ndarray, np.ndarray]] = []
+        self._put_off: deque[tuple[Callable[[], None], tuple]] = deque()
+        self._num_run = 0
         self._recorded: list[Launch] | None = None  # while a graph is captured
         self.graphs: list[weakref.ref[Graph]] = []
 
@@ -78,27 +79,25 @@ class NumpyDevice:
 
     def start_copy(self, dst, src):
         self._refuse_in_capture("the host is copied from")
-        copy = self.as_numpy(dst).reshape(-1).view(np.uint8), src
-        self._copies.append(copy)
+        on_device = self.as_numpy(dst).reshape(-1).view(np.uint8)
+        return self.later(lambda: np.copyto(on_device, src))
 
-        def wait():
-            while any(pending is copy for pending in self._copies):
-                self._run_first()
-
-        return wait
+    def start_fetch(self, dst, src):
+        self._refuse_in_capture("the host is copied to")
+        on_device = self.as_numpy(src)
+        return self.later(lambda: np.copyto(dst, on_device))
 
     def copy(self, dst, src):
         self.launch(Launch("copy", lambda grid, block, args, shared_mem: np.copyto(*args), (), (), (dst, src), 0))
 
     def launch(self, launch):
         """Run it, or record it for a graph: with the arrays' places, not with what they hold."""
-        launch = replace(launch, args=tuple(arg if is_value(arg) else self.as_numpy(arg) for arg in launch.args))
+        arrays = launch.args
+        launch = replace(launch, args=tuple(arg.copy() if is_value(arg) else self.as_numpy(arg) for arg in arrays))
         if self._recorded is not None:
-            args = tuple(arg.copy() if is_value(arg) else arg for arg in launch.args)
-            self._recorded.append(replace(launch, args=args))
-            return
-        self.flush()
-        launch.run()
+            self._recorded.append(launch)
+        else:
+            self.later(launch.run, arrays)
 
     def capture(self, function):
         assert self._recorded is None
@@ -113,13 +112,21 @@ class NumpyDevice:
     def _refuse_in_capture(self, what):
         assert self._recorded is None, f"{what} while a graph is captured"
 
-    def flush(self):
-        while self._copies:
-            self._run_first()
+    def later(self, run, arrays=()):
+        """Put it off, and keep these arrays until then; returns what waits for it."""
+        self._put_off.append((run, arrays))
+        number = self._num_run + len(self._put_off)
 
-    def _run_first(self):
-        dst, src = self._copies.pop(0)
-        dst[:] = src
+        def wait():
+            while self._num_run < number:
+                self._num_run += 1
+                run, _ = self._put_off.popleft()
+                run()
+
+        return wait
+
+    def flush(self):
+        self.later(lambda: None)()
 
     def to_host(self, src):
         self._refuse_in_capture("a result is waited for")

@@ -70,6 +70,10 @@ class Backend(Protocol):
     def to_host(self, src: Array) -> np.ndarray:
         """A host copy; waits for everything launched before."""
 
+    def fetch(self, src: Array) -> Callable[[], np.ndarray]:
+        """Start a host copy of src (C-contiguous) as what is launched before leaves it. Returns what gives it, once:
+        it waits for the copy, not for what is launched later."""
+
     def address(self, array: Array) -> int:
         """The address of its first element; `array` may come from empty_host as well."""
 
@@ -114,6 +118,13 @@ class Backend(Protocol):
     def embedding(self, out: Array, weight: Array, ids: Array) -> None:
         """out[i] = weight[ids[i]]: weight [rows, hidden] dtype or float32, ids [n] int32, out [n, hidden] float32. Also
         gathers the rows of the residual whose logits are wanted."""
+
+    def take_tokens(self, token_ids: Array, drawn: Array) -> None:
+        """token_ids[i] = drawn[~token_ids[i]] where token_ids[i] is negative; both [n], [m] int32, in place.
+
+        So a batch can be uploaded before its tokens are known: ~j stands for row j of the step before, whose draws
+        (sample) are `drawn`, -1 among them perhaps.
+        """
 
     def rms_norm(self, out: Array, x: Array, weight: Array, eps: float) -> None:
         """out[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight; x [n, hidden] float32, weight [hidden] and out [n, hidden]

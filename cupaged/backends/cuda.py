@@ -36,11 +36,13 @@ from cupaged.kernels.paged_prefill_sm90 import KERNELS_SM90
 from cupaged.kernels.rms_norm import rms_norm
 from cupaged.kernels.rope import rope_and_store_kv
 from cupaged.kernels.sampler import sample
+from cupaged.kernels.take_tokens import take_tokens
 from cupaged.kernels.tier import SM90_SUFFIX, use_sm90
 from cupaged.memory.arena import KVArena
 from cupaged.memory.budget import format_bytes
 
 STAGING_BYTES = 8 << 20  # of each pinned buffer: one fills while the other is copied
+MIN_FETCH_BYTES = 4096  # of a pinned buffer for what comes back
 PART_ALIGNMENT = 16  # bytes; where the arrays of a batch begin in their common buffer, for vector loads
 
 BATCH_ARRAYS = [field.name for field in dataclasses.fields(Batch) if field.type == "Array"]
@@ -189,6 +191,13 @@ class CupyDevice:
         self._cupy.cuda.runtime.memcpyAsync(dst.data.ptr, src.ctypes.data, src.nbytes, host_to_device, stream.ptr)
         return stream.record(self._cupy.cuda.Event(disable_timing=True)).synchronize
 
+    def start_fetch(self, dst: np.ndarray, src: Array) -> Callable[[], None]:
+        """Start copying src (C-contiguous, as many bytes) to pinned bytes; returns what waits until they are there."""
+        stream = self._cupy.cuda.get_current_stream()
+        device_to_host = self._cupy.cuda.runtime.memcpyDeviceToHost
+        self._cupy.cuda.runtime.memcpyAsync(dst.ctypes.data, src.data.ptr, src.nbytes, device_to_host, stream.ptr)
+        return stream.record(self._cupy.cuda.Event(disable_timing=True)).synchronize
+
     def capture(self, function: Callable[[], object]) -> Callable[[], None]:
         """Record what function launches, without running it; returns what launches it all on the current stream."""
         # On a stream of our own: CUDA's default stream can't be captured. Nothing runs there, so nothing has to wait.
@@ -242,6 +251,37 @@ class PinnedRing:
         self._wait_until_read[turn] = self._device.start_copy(dst, staged)
 
 
+class PinnedPool:
+    """Copies from the device into pinned buffers, as many as are under way at a time; each serves again once its copy
+    was taken out."""
+
+    def __init__(self, device):
+        self._device = device
+        self._buffers: list[np.ndarray] = []  # all: one whose copy nobody waits for must not be given back
+        self._free: list[np.ndarray] = []
+
+    def fetch(self, src: Array) -> Callable[[], np.ndarray]:
+        """`Backend.fetch`."""
+        buffer = self._take(src.nbytes)
+        staged = buffer[: src.nbytes].view(src.dtype).reshape(src.shape)
+        wait = self._device.start_fetch(staged, src)
+
+        def take_out() -> np.ndarray:
+            wait()
+            array = staged.copy()
+            self._free.append(buffer)
+            return array
+
+        return take_out
+
+    def _take(self, num_bytes: int) -> np.ndarray:
+        for i, buffer in enumerate(self._free):
+            if buffer.nbytes >= num_bytes:
+                return self._free.pop(i)
+        self._buffers.append(self._device.pinned(max(MIN_FETCH_BYTES, 1 << (num_bytes - 1).bit_length())))
+        return self._buffers[-1]
+
+
 class CudaBackend:
     """Backend over cupy.ndarray; see cupaged.backends.base for what each operation computes.
 
@@ -262,6 +302,7 @@ class CudaBackend:
         self._device = device
         self._staging = PinnedRing(device, STAGING_BYTES)
         self._copier = HostCopier()
+        self._fetches = PinnedPool(device)
         self._batch_staging: PinnedRing | None = None
         self._batch_buffer: Array | None = None  # uint8: all arrays of a batch
         self._decode_workspace: Array | None = None  # uint8: the partial results of split sequences
@@ -313,6 +354,9 @@ class CudaBackend:
 
     def to_host(self, src: Array) -> np.ndarray:
         return self._device.to_host(src)
+
+    def fetch(self, src: Array) -> Callable[[], np.ndarray]:
+        return self._fetches.fetch(src)
 
     def address(self, array: Array) -> int:
         return self._device.address(array)
@@ -372,7 +416,7 @@ class CudaBackend:
             if ring is not None:
                 ring.wait()
         self._copier.close()
-        self._staging = self._batch_staging = self._batch_buffer = None
+        self._staging = self._batch_staging = self._batch_buffer = self._fetches = None
         self._decode_workspace = self._linear_workspace = None
 
     # -- the cache -----------------------------------------------------------------------------------------
@@ -381,6 +425,7 @@ class CudaBackend:
 
     # -- the forward pass ----------------------------------------------------------------------------------
 
+    take_tokens = staticmethod(take_tokens)
     embedding = staticmethod(embedding)
     rms_norm = staticmethod(rms_norm)
     rope_and_store_kv = staticmethod(rope_and_store_kv)

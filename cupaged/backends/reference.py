@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -68,6 +69,10 @@ class ReferenceBackend:
     def to_host(self, src: np.ndarray) -> np.ndarray:
         return src.copy()
 
+    def fetch(self, src: np.ndarray) -> Callable[[], np.ndarray]:
+        copied = src.copy()
+        return lambda: copied
+
     def address(self, array: np.ndarray) -> int:
         return array.ctypes.data
 
@@ -103,6 +108,10 @@ class ReferenceBackend:
 
     def embedding(self, out, weight, ids) -> None:
         out[...] = weight[ids]
+
+    def take_tokens(self, token_ids, drawn) -> None:
+        unknown = token_ids < 0
+        token_ids[unknown] = drawn[~token_ids[unknown]]
 
     def rms_norm(self, out, x, weight, eps: float) -> None:
         np.square(x, out=out)

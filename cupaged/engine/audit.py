@@ -19,9 +19,10 @@ def audit(engine: Engine) -> list[str]:
     scheduler = engine.scheduler
     running = [seq for request in scheduler.running for seq in request.unfinished]
     waiting = [seq for request in scheduler.waiting for seq in request.unfinished]
+    held = [seq.block_table for seq in [*running, *scheduler.leaving]]
     return [
         *_audit_sequences(engine, running, waiting),
-        *_audit_pool(engine.pool, engine.arena, [seq.block_table for seq in running]),
+        *_audit_pool(engine.pool, engine.arena, held),
         *_audit_swap_space(engine, waiting),
         *_audit_contents(engine),
         *(problem for seq in running for problem in _audit_prefix(engine, seq)),
@@ -37,9 +38,9 @@ def _audit_sequences(engine: Engine, running: list[Sequence], waiting: list[Sequ
     known = Counter(id(request) for request in engine._requests.values())
     if known != Counter(map(id, [*scheduler.running, *scheduler.waiting])):
         yield "the unfinished requests are not those that run and those that wait"
-    rows = sorted([seq.row for seq in running] + scheduler._free_rows)
+    rows = sorted([seq.row for seq in [*running, *scheduler.leaving]] + scheduler._free_rows)
     if rows != list(range(scheduler.max_num_seqs)):
-        yield f"the rows of running sequences and the free rows are {rows}, not each row once"
+        yield f"the rows of running and leaving sequences and the free rows are {rows}, not each row once"
     for seq in running:
         name, request = _name(seq), seq.request
         if seq.state is not SequenceState.RUNNING:

@@ -132,6 +132,12 @@ class BlockManager:
             self.pool.free(reversed(seq.block_table))
             self._begin_with(seq, found)
 
+    def hand_over(self, seq: Sequence, heir: Sequence) -> None:
+        """`heir`, which holds nothing, gets all that `seq` has: what is computed, and room for what is not."""
+        heir.block_table, seq.block_table = seq.block_table, []
+        heir.num_cached_tokens, seq.num_cached_tokens = seq.num_cached_tokens, 0
+        heir.prefix, heir.num_registered_blocks, heir.link = seq.prefix, seq.num_registered_blocks, seq.link
+
     def free(self, seq: Sequence) -> None:
         """Give up the cache of `seq`, its last block first: what comes late in a sequence is missed least."""
         block_table, seq.block_table, seq.num_cached_tokens = seq.block_table, [], 0
@@ -144,9 +150,11 @@ class BlockManager:
         """The first block that the tokens after so many cached ones attend to."""
         return 0 if self.window is None else max(0, num_cached_tokens + 1 - self.window) // self.block_size
 
-    def _free_before_window(self, seq: Sequence, start: int) -> None:
-        """Give up the blocks from `start` on that are before the window of the next token."""
-        end = self.first_needed_block(seq.num_cached_tokens)
+    def free_before_window(self, seq: Sequence) -> None:
+        """Give up the blocks that are before the window of the next token."""
+        start = end = self.first_needed_block(seq.num_cached_tokens)
+        while start > 0 and seq.block_table[start - 1] != NULL_BLOCK:
+            start -= 1
         if end > start:
             self.pool.free(reversed(seq.block_table[start:end]))
             seq.block_table[start:end] = [NULL_BLOCK] * (end - start)
@@ -161,7 +169,7 @@ class BlockManager:
         seq.num_cached_tokens = len(found) * self.block_size
         seq.num_registered_blocks = len(found)
         seq.link = found[-1].content.serial if found else seq.request.prefix_key
-        self._free_before_window(seq, 0)
+        self.free_before_window(seq)
 
     def _copy_on_write(self, seq: Sequence, index: int) -> bool:
         block_ids = self.pool.allocate(1)
@@ -193,12 +201,9 @@ class BlockManager:
     def advance(self, seq: Sequence, num_tokens: int) -> None:
         """The next `num_tokens` tokens of `seq` are computed now. Blocks that are full become findable, not before:
         nobody can read what is not written yet."""
-        start = seq.num_cached_tokens
-        end = seq.num_cached_tokens = start + num_tokens
+        end = seq.num_cached_tokens = seq.num_cached_tokens + num_tokens
         if end // self.block_size > seq.num_registered_blocks:
             self._register(seq, end // self.block_size)
-        if self.window is not None:
-            self._free_before_window(seq, self.first_needed_block(start))
 
     def reset_prefix_cache(self, sequences: list[Sequence]) -> None:
         """Forget all contents, and do not take up those that these sequences compute on top of them."""

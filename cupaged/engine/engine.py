@@ -8,8 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from itertools import chain
+from contextlib import contextmanager, suppress
 from operator import index
 
 from cupaged.arguments import is_int, require
@@ -21,8 +20,9 @@ from cupaged.engine.block_manager import BlockManager
 from cupaged.engine.block_pool import BlockPool
 from cupaged.engine.logit_edits import LogitRules
 from cupaged.engine.output_text import OutputText
+from cupaged.engine.pipeline import Pipeline
 from cupaged.engine.prefix import PrefixHasher, PrefixKey
-from cupaged.engine.runner import Runner
+from cupaged.engine.runner import LaunchedStep, Runner
 from cupaged.engine.sampler import Logprobs
 from cupaged.engine.scheduler import Schedule, Scheduler
 from cupaged.engine.sequence import Request, Sequence, SequenceState
@@ -89,6 +89,9 @@ class Engine:
             window=model.sliding_window,
             enforce_eager=config.enforce_eager,
         )
+        is_async = config.async_scheduling if config.async_scheduling is not None else backend.name == "cuda"
+        self.pipeline = Pipeline(self.scheduler, is_async=is_async)
+        self.last_step = Schedule()  # the last whose tokens were taken in, for those who look on
         self._requests: dict[str, Request] = {}
         self._rng = random.Random(config.seed)
         self._model_key = f"{model!r}, {backend.dtype}"  # of prefixes
@@ -99,7 +102,7 @@ class Engine:
         self._is_torn = False  # a change of the books was broken off
 
         self.counts = Counts()
-        self._next_trim_time = 0.0
+        self._last_step_end = self._next_trim_time = 0.0
         if config.debug:
             self.pool.handed_out = []
             self.arena.poison(self.pool.unused_blocks())
@@ -290,10 +293,16 @@ class Engine:
         """What is wrong with the books, a line each; none if all is well."""
         with self._lock:
             self._mend()
+            with self._changing_books():
+                self.pipeline.settle()
             return audit(self)
 
     def stats(self) -> EngineStats:
         with self._lock:
+            if not self._requests and not self._stepping.locked():
+                self._mend()
+                with self._changing_books():
+                    self.pipeline.settle()
             return stats(self)
 
     def close(self) -> None:
@@ -301,6 +310,7 @@ class Engine:
         for request_id in list(self._requests):
             self.abort(request_id)
         self.reset_prefix_cache()
+        self.pipeline.settle()
         self.runner = None
         self.arena.close()
         if self.swap_arena is not None:
@@ -360,6 +370,7 @@ class Engine:
     def _trim(self, idle_seconds: float) -> int:
         num_bytes, since = 0, time.monotonic() - idle_seconds
         with self._changing_books():
+            self.pipeline.settle()
             for pool, arena in self._memories():
                 for slab in pool.idle_slabs(since):
                     pool.remove_slab(slab)
@@ -419,6 +430,8 @@ class Engine:
         """
         if not self._is_torn:
             return
+        with suppress(Exception):  # of the device, if that was what broke
+            self.runner.wait()
         self._to_abort.clear()
         waiting = {}
         for request_id, request in self._requests.items():
@@ -431,6 +444,9 @@ class Engine:
             for i, slab in enumerate(arena.slabs):
                 if slab is not None and not pool.has_slab(i):
                     pool.add_blocks(arena.layout.blocks_per_slab, i)
+        if self.pipeline.in_flight is not None:  # what it was to write counted as written
+            self.pool.forget_all()
+            self.pipeline.in_flight = None
         self._requests = waiting
         self._is_torn = False
 
@@ -445,14 +461,8 @@ class Engine:
     # -- a step --------------------------------------------------------------------------------------------
 
     def _step(self) -> list[RequestOutput]:
-        schedule = self.scheduler.schedule()
-        if schedule.swap_outs:
-            self._swap(self.swap_arena, self.arena, schedule.swap_outs)
-        if self.pool.handed_out is not None:
-            self.arena.poison(self.pool.handed_out)
-            self.pool.handed_out.clear()
-        if schedule.swap_ins:
-            self._swap(self.arena, self.swap_arena, schedule.swap_ins)
+        step = self.pipeline.next(self._launch)
+        self.last_step = schedule = step.schedule
         touched: dict[Request, list[Sequence]] = {}  # with news that are to be told now, in order
         for request in schedule.failed:
             if request.search is not None:
@@ -462,7 +472,7 @@ class Engine:
                     self._settle_text(seq, len(seq.token_ids))
             touched[request] = request.sequences
         if schedule.sequences:
-            for seq in self._run(schedule):
+            for seq in self._take_in(step):
                 if seq.state is SequenceState.FINISHED or not seq.request.tells_end_only:
                     touched.setdefault(seq.request, []).append(seq)
         outputs = []
@@ -491,46 +501,50 @@ class Engine:
             del self._requests[request_id]
         return output
 
-    def _run(self, schedule: Schedule) -> list[Sequence]:
-        """Compute the schedule and take in its tokens; returns the sequences of which there are news."""
+    def _launch(self, schedule: Schedule) -> LaunchedStep:
+        if schedule.swap_outs:
+            self._swap(self.swap_arena, self.arena, schedule.swap_outs)
+        if self.pool.handed_out is not None:
+            self.arena.poison(self.pool.handed_out)
+            self.pool.handed_out.clear()
+        if schedule.swap_ins:
+            self._swap(self.arena, self.swap_arena, schedule.swap_ins)
         now = time.monotonic()
         for seq in schedule.sequences:
             if seq.request.metrics.first_scheduled_time is None:
                 seq.request.metrics.first_scheduled_time = now
                 self.counts.add_begun(seq.request)
 
-        result = self.runner.run(schedule)
+        return self.runner.launch(schedule)
 
+    def _take_in(self, step: LaunchedStep) -> list[Sequence]:
+        """Wait for a step and take in its tokens; returns the sequences of which there are news."""
+        schedule, (token_ids, logprobs) = step.schedule, step.draws
         self.scheduler.complete(schedule)
         self.counts.add_step(self.pool, self.scheduler.running, self.config.block_size)
-        start, now = now, time.monotonic()
+        now = time.monotonic()
         if self.swap is not None and schedule.num_decodes < len(schedule.sequences):
-            self.swap.prefill_rate.add(sum(schedule.num_tokens), now - start)
-        for request, logprobs in result.prompt_logprobs:
-            self._add_prompt_logprobs(request, logprobs)
-        searches: dict[Request, list[int]] = {}  # the rows of their beams
-        for row, (seq, token_id) in enumerate(zip(result.sequences, result.token_ids, strict=True)):
+            self.swap.prefill_rate.add(sum(schedule.num_tokens), now - max(step.launch_time, self._last_step_end))
+        self._last_step_end = now
+        for request, scores in step.prompt_logprobs:
+            self._add_prompt_logprobs(request, scores)
+        searches: dict[Request, list[tuple[int, Sequence]]] = {}  # the rows of their beams
+        touched = []
+        for row, seq in step.sampled():
             if seq.request.metrics.first_token_time is None:
                 seq.request.metrics.first_token_time = now
             if seq.request.search is not None:
-                searches.setdefault(seq.request, []).append(row)
+                searches.setdefault(seq.request, []).append((row, seq))
                 continue
-            if token_id >= 0 and result.logprobs is not None and seq.request.num_logprobs is not None:
-                self._add_drawn_logprobs(seq, result.logprobs, row)
-            self._add_token(seq, token_id)
-        if not searches:
-            return result.sequences
-        touched = [seq for seq in result.sequences if seq.request.search is None]
-        for rows in searches.values():
-            rows.sort(key=lambda row: result.sequences[row].index)
-        rows = list(chain.from_iterable(searches.values()))
-        token_ids = result.logprobs.token_ids[rows, 1:].tolist()
-        values = result.logprobs.logprobs[rows, 1:].tolist()
-        start = 0
-        for request, rows in searches.items():
-            beams, end = [result.sequences[row] for row in rows], start + len(rows)
-            touched += self._advance_search(request, beams, token_ids[start:end], values[start:end])
-            start = end
+            touched.append(seq)
+            if token_ids[row] >= 0 and logprobs is not None and seq.request.num_logprobs is not None:
+                self._add_drawn_logprobs(seq, logprobs, row)
+            self._add_token(seq, token_ids[row])
+        for request, found in searches.items():
+            found.sort(key=lambda pair: pair[1].index)
+            rows, beams = [row for row, _ in found], [seq for _, seq in found]
+            next_ids, values = logprobs.token_ids[rows, 1:].tolist(), logprobs.logprobs[rows, 1:].tolist()
+            touched += self._advance_search(request, beams, next_ids, values)
         return touched
 
     def _swap(self, dst: KVArena, src: KVArena, pairs: list[tuple[int, int]]) -> None:

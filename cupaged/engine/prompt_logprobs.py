@@ -66,4 +66,4 @@ class PromptScorer:
         self._backend.copy_in(rows, np.array(indices, np.int32))
         next_ids = self._token_ids[: len(indices)]
         self._backend.copy_in(next_ids, np.array(token_ids, np.int32))
-        return self._sampler.logprobs(decoder.compute_logits(rows), next_ids, k)
+        return self._sampler.logprobs(decoder.compute_logits(rows), next_ids, k)()

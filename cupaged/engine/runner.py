@@ -1,9 +1,9 @@
-"""Runs a step on the backend: batch up, forward pass, sampling, token ids down."""
+"""Launches steps on the backend: batch up, forward pass, sampling, token ids down."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import numpy as np
 
@@ -11,20 +11,54 @@ from cupaged.backends.base import Array, Backend
 from cupaged.engine.batch import Batch, BatchBuilder
 from cupaged.engine.decode_graphs import DecodeGraphs
 from cupaged.engine.prompt_logprobs import PromptScorer
-from cupaged.engine.sampler import Logprobs, Sampler
+from cupaged.engine.sampler import Draws, Logprobs, Sampler
 from cupaged.engine.scheduler import Schedule
-from cupaged.engine.sequence import Request, Sequence
+from cupaged.engine.sequence import Request, Sequence, SequenceState
 from cupaged.memory.arena import KVArena
 
 MIN_PAIRS = 1024  # block copies that one launch can do; many more are rare, and take several
 
 
-@dataclass
-class StepResult:
-    sequences: list[Sequence]  # those that a token was drawn for, in any order
-    token_ids: list[int]  # theirs; -1 where no logit was finite
-    logprobs: Logprobs | None = None  # when one of them asks for any
-    prompt_logprobs: list[tuple[Request, Logprobs]] = field(default_factory=list)  # PromptScorer.score's
+class LaunchedStep:
+    """A step that the device computes, or has computed.
+
+    rows: as Schedule.sampled, in the order of the draws. fetch: waits for these. prompt_logprobs: PromptScorer.score's.
+    launch_time: when its launch began, on time.monotonic()'s clock.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        rows: list[tuple[int, Sequence]],
+        fetch: Callable[[], Draws],
+        prompt_logprobs: list[tuple[Request, Logprobs]],
+        launch_time: float,
+    ):
+        self.schedule = schedule
+        self.launch_time = launch_time
+        self.draws: Draws | None = None  # when it has been waited for
+        self.prompt_logprobs = prompt_logprobs
+        self._rows = rows
+        self._fetch = fetch
+
+    def wait(self) -> None:
+        """Until it has finished; what was launched later may go on."""
+        if self.draws is None:
+            self.draws = self._fetch()
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anybody needs it: not all that it computes for have ended in the meantime."""
+        return any(seq.state is not SequenceState.FINISHED for seq in self.schedule.sequences)
+
+    def sampled(self) -> list[tuple[int, Sequence]]:
+        """(row of the draws, for whom) of those that have not ended, nor has who computed the row."""
+        sequences, finished = self.schedule.sequences, SequenceState.FINISHED
+        return [
+            (row, seq)
+            for row, (i, seq) in enumerate(self._rows)
+            if seq.state is not finished and sequences[i].state is not finished
+        ]
 
 
 class Runner:
@@ -63,20 +97,30 @@ class Runner:
         self._sampler = Sampler(backend, vocab_size=vocab_size, max_num_seqs=max_num_seqs)
         self._prompt_scorer = PromptScorer(backend, self._sampler, max_num_rows=max_num_seqs)
 
-    def run(self, schedule: Schedule) -> StepResult:
-        """Copy the blocks that are no longer shared, compute the scheduled tokens, and draw those that follow."""
-        self._copy_blocks(self.arena, self.arena, schedule.copies)
-        sampled = sorted(schedule.sampled, key=lambda pair: Sampler.sort_key(pair[1]))
-        sequences = [seq for _, seq in sampled]
-        logits = self._forward(self._batches.build(schedule, [i for i, _ in sampled]))[: len(sequences)]
-        token_ids, logprobs = self._sampler.draw(logits, sequences) if sequences else ([], None)
-        return StepResult(sequences, token_ids, logprobs, self._prompt_scorer.score(schedule, self.decoder))
+    def launch(self, schedule: Schedule) -> LaunchedStep:
+        """Copy the blocks that are no longer shared, compute the scheduled tokens, and draw those that follow.
 
-    def _forward(self, batch: Batch) -> Array:
+        A negative token id ~j among those of the decodes is the one that row j of the step launched before draws.
+        """
+        start = time.monotonic()
+        self._copy_blocks(self.arena, self.arena, schedule.copies)
+        if not schedule.sequences:
+            return LaunchedStep(schedule, [], lambda: ([], None), [], start)
+        sampled = sorted(schedule.sampled, key=lambda pair: Sampler.sort_key(pair[1]))
+        logits = self._forward(self._batches.build(schedule, [i for i, _ in sampled]))[: len(sampled)]
+        draws = self._sampler.draw(logits, [seq for _, seq in sampled])
+        return LaunchedStep(schedule, sampled, draws, self._prompt_scorer.score(schedule, self.decoder), start)
+
+    def _forward(self, host_batch: Batch) -> Array:
         """The logits, and perhaps more rows after them."""
-        if self._graphs is None:
-            return self.decoder.forward(self.backend.upload_batch(batch), self.arena)
-        return self._graphs.forward(self.backend.upload_batch(self._graphs.pad(batch)))
+        if self._graphs is not None:
+            host_batch = self._graphs.pad(host_batch)
+        batch = self.backend.upload_batch(host_batch)
+        if host_batch.token_ids.min() < 0:
+            self.backend.take_tokens(batch.token_ids[: batch.num_decodes], self._sampler.token_ids)
+        if self._graphs is not None:
+            return self._graphs.forward(batch)
+        return self.decoder.forward(batch, self.arena)
 
     @property
     def num_graphs(self) -> int:
@@ -87,8 +131,12 @@ class Runner:
         """Copy blocks of `src` to `dst`, one of which lies in the host's memory; returns the seconds that it took."""
         start = time.perf_counter()
         self._copy_blocks(dst, src, pairs)
-        self.backend.to_host(self._pairs[:1])  # waits
+        self.wait()
         return time.perf_counter() - start
+
+    def wait(self) -> None:
+        """Until everything that was launched has been computed."""
+        self.backend.to_host(self._pairs[:1])
 
     def _copy_blocks(self, dst: KVArena, src: KVArena, pairs: list[tuple[int, int]]) -> None:
         for start in range(0, len(pairs), len(self._pairs)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,8 +25,14 @@ class Logprobs:
     ranks: np.ndarray  # [num_sampled] int32, of column 0
 
 
+Draws = tuple[list[int], Logprobs | None]  # of a step: token ids, -1 where no logit was finite
+
+
 class Sampler:
-    """vocab_size: ids from here on are never drawn. max_num_seqs: the most rows a step may have."""
+    """vocab_size: ids from here on are never drawn. max_num_seqs: the most rows a step may have.
+
+    token_ids [max_num_seqs] int32, on the device: the last step's draws, in their order.
+    """
 
     def __init__(self, backend: Backend, *, vocab_size: int, max_num_seqs: int):
         self.vocab_size = vocab_size
@@ -36,7 +43,7 @@ class Sampler:
 
         max_columns = 1 + MAX_TOP_TOKENS
         self._rows = backend.empty((max_num_seqs,), SAMPLING_ROW)
-        self._token_ids = backend.empty((max_num_seqs,), np.int32)
+        self.token_ids = backend.empty((max_num_seqs,), np.int32)
         self._top_ids = backend.empty((max_num_seqs * max_columns,), np.int32)
         self._top_logprobs = backend.empty((max_num_seqs * max_columns,), np.float32)
         self._ranks = backend.empty((max_num_seqs,), np.int32)
@@ -48,15 +55,15 @@ class Sampler:
         self._mask_rows = _Upload(backend, np.int32)
         self._copies: Array | None = None
 
-    def draw(self, logits: Array, sequences: list[Sequence]) -> tuple[list[int], Logprobs | None]:
-        """A token for each sequence from its row of logits, which change; -1 where none is finite, or where one of its
-        logits_processors fails, which seq.error then tells. And log probabilities, of the raw logits, when one of the
-        sequences asks for any.
+    def draw(self, logits: Array, sequences: list[Sequence]) -> Callable[[], Draws]:
+        """Draw a token for each sequence from its row of logits, which change; -1 where none is finite, or where one of
+        its logits_processors fails, which seq.error then tells. And compute log probabilities, of the raw logits, when
+        one of the sequences asks for any. Returns what waits for them, to be called once.
 
         The sequences must be in the order of `sort_key`.
         """
         num_rows = len(sequences)
-        rows, token_ids = self._rows[:num_rows], self._token_ids[:num_rows]
+        rows, token_ids = self._rows[:num_rows], self.token_ids[:num_rows]
         self._backend.copy_in(rows, self._sampling_rows(sequences))
 
         first_edited = bisect_left(sequences, 1, key=self.sort_key)
@@ -71,8 +78,9 @@ class Sampler:
             self._backend.sample(token_ids[begin:end], copies, rows[begin:end], self.vocab_size)
 
         asked = [k for seq in sequences if (k := seq.request.num_logprobs) is not None]
-        logprobs = self.logprobs(logits, token_ids, max(asked)) if asked else None
-        return self._backend.to_host(token_ids).tolist(), logprobs
+        fetch_ids = self._backend.fetch(token_ids)
+        fetch_logprobs = self.logprobs(logits, token_ids, max(asked)) if asked else lambda: None
+        return lambda: (fetch_ids().tolist(), fetch_logprobs())
 
     @staticmethod
     def sort_key(seq: Sequence) -> int:
@@ -126,14 +134,16 @@ class Sampler:
         if processed is not logits:
             self._backend.copy(logits, processed)
 
-    def logprobs(self, logits: Array, token_ids: Array, k: int) -> Logprobs:
-        """Of token_ids [num_rows] int32, at most max_num_seqs, and of the k likeliest tokens in each row of logits."""
+    def logprobs(self, logits: Array, token_ids: Array, k: int) -> Callable[[], Logprobs]:
+        """Of token_ids [num_rows] int32, at most max_num_seqs, and of the k likeliest tokens in each row of logits.
+        Returns what waits for them, to be called once."""
         num_rows, columns = len(token_ids), 1 + min(k, self.vocab_size)
         top_ids = self._top_ids[: num_rows * columns].reshape(num_rows, columns)
         top_logprobs = self._top_logprobs[: num_rows * columns].reshape(num_rows, columns)
         ranks = self._ranks[:num_rows]
         self._backend.logprobs(top_ids, top_logprobs, ranks, logits, token_ids, self.vocab_size)
-        return Logprobs(*(self._backend.to_host(array) for array in (top_ids, top_logprobs, ranks)))
+        fetches = [self._backend.fetch(array) for array in (top_ids, top_logprobs, ranks)]
+        return lambda: Logprobs(*[fetch() for fetch in fetches])
 
 
 def _sampling_row(seq: Sequence) -> tuple:

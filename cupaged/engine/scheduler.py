@@ -24,6 +24,11 @@ class Schedule:
     swap_ins: list[tuple[int, int]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     failed: list[Request] = field(default_factory=list)  # finished instead: no memory, even with nothing else running
+    is_advanced: bool = False  # its tokens count as computed
+
+
+class _NeedsTokens(Exception):
+    """What is to be scheduled depends on the tokens that the step in flight draws."""
 
 
 class Scheduler:
@@ -47,6 +52,9 @@ class Scheduler:
       a step only, as nothing that is admitted after others has begun yet, and nobody overtakes it.
     - The sequences of a request are admitted, preempted and resumed together. The first one computes the prompt;
       the others then fork from it.
+
+    A step is in flight between schedule() and complete(). A sequence that ends meanwhile keeps its blocks and its row
+    until then, as the step still writes into them.
     """
 
     def __init__(
@@ -69,7 +77,8 @@ class Scheduler:
         self.watermark = watermark  # blocks that an admission leaves free for each sequence that runs
         self.waiting: list[Request] = []
         self.running: list[Request] = []
-        self.last_step = Schedule()  # the last that was scheduled, for those who look on
+        self.num_in_flight = 0  # steps
+        self.leaving: list[Sequence] = []  # finished, but a step in flight computes for them
         self.num_preemptions = 0
         self.num_swaps = 0  # of these, the requests that were swapped
         self.num_tokens_lost = 0  # that the others had computed
@@ -96,7 +105,7 @@ class Scheduler:
             # One token is kept for each sequence that is not served yet.
             limit = own if self._is_outranked(request) else budget - unserved + own
             num_tokens = self._extend(request, limit, work)
-            if num_tokens:
+            if num_tokens is not None:
                 budget -= num_tokens
                 unserved -= own
                 index += 1
@@ -113,7 +122,9 @@ class Scheduler:
                 break
             spare = self.watermark * (self._num_running_seqs + len(others)) if self.running else 0
             if request.is_swapped:
-                if len(request.active) <= budget and self.swap.swap_in(request, spare, budget):
+                if len(request.active) <= budget and self.swap.has_room_for(request, spare, budget):
+                    self._check_idle()
+                    self.swap.swap_in(request, budget)
                     self._resume_first()
                     budget -= self._extend(request, budget, work)
                 elif self.running:
@@ -142,16 +153,43 @@ class Scheduler:
         if self.swap is not None:
             step.swap_outs, step.swap_ins = self.swap.take_outs(), self.swap.take_ins()
         step.copies = self.blocks.take_copies()
-        self.last_step = step
+        if step.sequences:
+            self.num_in_flight += 1
         return step
 
-    def complete(self, step: Schedule) -> None:
-        """The step's tokens are computed."""
+    def schedule_ahead(self) -> Schedule:
+        """As schedule(), while a step is in flight that is advanced. Nobody computes when somebody would have to be
+        preempted or to fail, or to come back from the swap space: that waits until its tokens are known."""
+        try:
+            return self.schedule()
+        except _NeedsTokens:
+            # Who was admitted or given blocks by then will use them in the next step; the copies can't wait for it, as
+            # their sources may be freed before.
+            return Schedule(copies=self.blocks.take_copies())
+
+    def advance(self, step: Schedule) -> None:
+        """The step's tokens count as computed: they are for whatever is launched later."""
+        step.is_advanced = True
         for seq, num_tokens in zip(step.sequences, step.num_tokens, strict=True):
+            if seq.state is SequenceState.FINISHED:
+                continue
             self.blocks.advance(seq, num_tokens)
             request = seq.request
             if request.is_forking and seq.num_cached_tokens == request.num_shared_tokens:
                 self._fork(request)
+
+    def complete(self, step: Schedule) -> None:
+        """The step's tokens are computed, and nothing launched before writes any more."""
+        if not step.is_advanced:
+            self.advance(step)
+        self.num_in_flight -= 1
+        for seq in self.leaving:
+            self._release(seq)
+        self.leaving.clear()
+        if self.blocks.window is not None:
+            for request in self.running:
+                for seq in request.active:
+                    self.blocks.free_before_window(seq)
 
     def replace_beams(self, forks: list[tuple[Sequence, Sequence]]) -> None:
         """The second of each two gives up what it holds, and goes on from where the first one stands."""
@@ -167,7 +205,10 @@ class Scheduler:
                 self._hand_over_prompt(request)
             if seq in request.active:
                 request.active.remove(seq)
-            self._release(seq)
+            if self.num_in_flight:
+                self.leaving.append(seq)
+            else:
+                self._release(seq)
             if is_last:
                 self.running.remove(request)
         else:
@@ -184,6 +225,7 @@ class Scheduler:
 
     def preempt(self, request: Request) -> None:
         """Send a running request back to wait, without its blocks."""
+        self._check_idle()
         self.running.remove(request)
         num_tokens, state = request.num_computed_tokens, SequenceState.WAITING
         if self.swap is not None and (self.always_swap or self.swap.pays(request)) and self.swap.swap_out(request):
@@ -206,7 +248,7 @@ class Scheduler:
         self.blocks.discard()
         if self.swap is not None:
             self.swap.discard()
-        self.running = []
+        self.running, self.leaving, self.num_in_flight = [], [], 0
         self.waiting = sorted(waiting, key=_rank)
         self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
         for request in waiting:
@@ -221,19 +263,23 @@ class Scheduler:
     def _num_running_seqs(self) -> int:
         return self.max_num_seqs - len(self._free_rows)
 
-    def _extend(self, request: Request, limit: int, work: list[tuple[Sequence, int]]) -> int:
+    def _check_idle(self) -> None:
+        if self.num_in_flight:
+            raise _NeedsTokens
+
+    def _extend(self, request: Request, limit: int, work: list[tuple[Sequence, int]]) -> int | None:
         """Make room for what the sequences of `request` compute now, `limit` tokens at most, and add it to `work`;
-        returns how many tokens, or 0, and nothing is added, when blocks lack."""
+        returns how many tokens, or None, and nothing is added, when blocks lack."""
         start, total = len(work), 0
         left = limit - len(request.active)  # beyond a token for each
         waits = self._beams_wait(request, limit)
         for seq in request.active:
             num_tokens = min(request.num_wanted_tokens(seq) - seq.num_cached_tokens - waits, 1 + left)
-            if num_tokens == 0:
+            if num_tokens == 0 or len(seq.token_ids) == request.max_len:  # which the step in flight brings it to
                 continue
             if not self.blocks.allocate_slots(seq, num_tokens):
                 del work[start:]
-                return 0
+                return None
             if num_tokens > 1:
                 left -= num_tokens - 1
                 self.blocks.expect(seq, num_tokens)
@@ -260,9 +306,7 @@ class Scheduler:
     def _hand_over_prompt(self, request: Request) -> None:
         """Another sequence computes what is left of the prompt, instead of the first."""
         leader, heir, *_ = request.unfinished
-        self.blocks.fork(leader, heir)
-        heir.block_table += leader.block_table[len(heir.block_table) :]  # what is not computed yet has room as well
-        self.blocks.pool.share(heir.block_table[-(-leader.num_cached_tokens // self.blocks.block_size) :])
+        self.blocks.hand_over(leader, heir)
         request.active.append(heir)
 
     def _release(self, seq: Sequence) -> None:
@@ -272,6 +316,7 @@ class Scheduler:
 
     def _fail(self, request: Request, step: Schedule) -> None:
         """The device's memory has shrunk below what this request alone needs."""
+        self._check_idle()
         for seq in request.unfinished:
             seq.error = f"no memory for more than {self.blocks.pool.num_blocks} KV cache blocks"
             self.finish(seq, "error")

@@ -97,12 +97,14 @@ class SwapSpace:
                 written[seq.swapped_table[-1]] += 1
         return needed + sum(sharers - 1 for sharers in written.values())  # all but one of them get a copy
 
-    def swap_in(self, request: Request, spare: int, limit: int) -> bool:
-        """Give `request` its blocks back, and room for all that it has not computed, each sequence at most `limit`
-        tokens a step; False, and nothing done, unless `spare` blocks are left then."""
+    def has_room_for(self, request: Request, spare: int, limit: int) -> bool:
+        """Whether `spare` blocks of the cache are left when `request` has come back, with room for all that it has not
+        computed, each sequence at most `limit` tokens a step."""
+        return self.blocks.pool.can_allocate(self.num_blocks_to_resume(request, limit) + spare)
+
+    def swap_in(self, request: Request, limit: int) -> None:
+        """Give `request` its blocks back, and room for what it has not computed, as in has_room_for."""
         pool = self.blocks.pool
-        if not pool.can_allocate(self.num_blocks_to_resume(request, limit) + spare):
-            return False
         kept = _distinct(seq.swapped_table for seq in request.active)
         restored = pool.allocate(len(kept))
         self._ins += zip(kept, restored, strict=True)
@@ -118,7 +120,6 @@ class SwapSpace:
             self.pool.free(seq.swapped_table)
             seq.swapped_table = []
         pool.free(restored)  # the tables hold them now
-        return True
 
     def free(self, seq: Sequence) -> None:
         """Give up what is kept of `seq`."""

@@ -220,7 +220,7 @@ def hold_a_row_twice(engine):
         (change_a_digest, "block 0 is not found by its own digest"),
         (lose_a_free_block, "blocks should be free|have no reference"),
         (lose_a_request, "the unfinished requests are not those that run and those that wait"),
-        (hold_a_row_twice, "the rows of running sequences and the free rows"),
+        (hold_a_row_twice, "the rows of running and leaving sequences and the free rows"),
     ],
 )
 @pytest.mark.parametrize("debug", [False, True])

@@ -1,5 +1,6 @@
 """Random walks over the engine: add, fork, search with beams, write to shared blocks, hit, evict, preempt both ways,
-resume, abort all or a part, fail in the middle, run out of memory; every invariant after every step.
+resume, abort all or a part, fail in the middle, run out of memory; every invariant after every step. Half of the walks
+have two steps in flight, on a device that computes as late as it may.
 
 CUPAGED_WALKS sets the number of walks, for a longer run.
 """
@@ -12,6 +13,7 @@ from beam_reference import beam_search
 from fake_model import (
     EOS,
     VOCAB_SIZE,
+    LateDecoder,
     SpreadDecoder,
     assert_scored,
     audit,
@@ -25,6 +27,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
 
+from cupaged.engine.audit import audit as audit_books
 from cupaged.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 MIN_GAP = 1e-5  # searches that hang on less are not compared: log probabilities are float32
@@ -47,10 +50,11 @@ class EngineWalk(RuleBasedStateMachine):
         preemption_mode=st.sampled_from(["recompute", "swap"]),
         window=st.sampled_from([None, None, 1, 5, 8, 19]),
         swap_space_bytes=st.sampled_from([1, 3, 20]).map(lambda num_blocks: num_blocks * 128),
+        async_scheduling=st.booleans(),
+        debug=st.booleans(),
     )
     def start(self, hash_bytes, window, **config):
-        self.engine = make_engine(model=model_with(sliding_window=window), **config)
-        self.engine.runner.decoder = SpreadDecoder(window)
+        self.engine = make_engine(model=model_with(sliding_window=window), decoder=SpreadDecoder(window), **config)
         if hash_bytes is not None and self.engine.hasher is not None:
             self.engine.hasher.hash_block = lambda parent, data: bytes([(sum(parent) + sum(data)) % 7][:hash_bytes])
         self.by_priority = config["scheduling_policy"] == "priority"
@@ -127,7 +131,7 @@ class EngineWalk(RuleBasedStateMachine):
     def step(self, count):
         for _ in range(count):
             self.take_in(self.engine.step())
-            audit(self.engine)
+            assert audit_books(self.engine) == []  # and the rest, which waits for the device, after the last one
 
     @rule(request_id=requests)
     def abort(self, request_id):
@@ -179,16 +183,20 @@ class EngineWalk(RuleBasedStateMachine):
         assert self.engine.stats().num_cached_blocks == 0
 
     @precondition(lambda self: self.engine.has_unfinished_requests())
-    @rule()
-    def fail_in_a_step(self):
-        self.engine.runner.decoder.fail = RuntimeError("a kernel failed")
+    @rule(late=st.booleans())
+    def fail_in_a_step(self, late):
+        decoder = self.engine.runner.decoder
+        if late and isinstance(decoder, LateDecoder):
+            decoder.fail_late = RuntimeError("a kernel failed")
+        else:
+            decoder.fail = RuntimeError("a kernel failed")
         try:
             self.take_in(self.engine.step())
         except RuntimeError:
             for request_id in list(self.asked):
                 if not self.engine.has_request(request_id):
                     del self.asked[request_id]
-        self.engine.runner.decoder.fail = None
+        decoder.fail = decoder.fail_late = None  # if nothing was launched
 
     @rule(short=st.booleans())
     def change_memory(self, short):
@@ -268,12 +276,14 @@ class EngineWalk(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "engine"):
             return
-        # Each step with something to do brings the first in service on by a token at least, or ends it.
+        # Each step with something to do brings the first in service on by a token at least, or ends it. What is in
+        # flight may have been launched before it came.
         while self.engine.has_unfinished_requests():
             first = min([*self.engine.scheduler.running, *self.engine.scheduler.waiting], key=lambda r: r.rank)
             sequences = first.unfinished
             before = sum(seq.num_cached_tokens for seq in sequences)
-            self.take_in(self.engine.step())
+            for _ in range(1 + self.engine.pipeline.is_async):
+                self.take_in(self.engine.step())
             assert sum(seq.num_cached_tokens for seq in sequences) > before or len(first.unfinished) < len(sequences)
             audit(self.engine)
         assert not self.asked

@@ -306,7 +306,7 @@ def test_a_swapped_request_outlives_a_failing_step():
         assert tokens(output) == expected_outputs(prompt_of(9 + int(name), int(name)), params_of(max_tokens=30))
 
 
-@pytest.mark.parametrize("method", ["swap", "run"])
+@pytest.mark.parametrize("method", ["swap", "launch"])
 def test_a_swap_that_fails_leaks_nothing(method, monkeypatch):
     engine = swapping_engine(num_blocks=6, debug=True)
     for i in range(3):

@@ -535,6 +535,12 @@ MUTATIONS = (
         ("embedding",),
     ),
     Mutation(
+        EDGE, "take_tokens.cu", "the row after the last one is read",
+        "row < num_drawn",
+        "row <= num_drawn",
+        ("take_tokens",),
+    ),
+    Mutation(
         EDGE, "rope.cu", "slot -1 is written to",
         "if (slot < 0) return;",
         "if (slot < -1) return;",

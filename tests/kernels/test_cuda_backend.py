@@ -21,9 +21,10 @@ from cupaged.backends.base import SAMPLING_ROW
 from cupaged.backends.cuda import CudaBackend, needed_kernels, open_cuda, probe
 from cupaged.backends.host_copy import HostCopier
 from cupaged.backends.reference import ReferenceBackend
-from cupaged.config import ModelConfig
+from cupaged.config import EngineConfig, ModelConfig
 from cupaged.engine import sampler as sampler_module
 from cupaged.engine.batch import Batch
+from cupaged.engine.engine import Engine
 from cupaged.engine.logit_edits import LogitRules
 from cupaged.engine.sampler import Sampler
 from cupaged.engine.sequence import Request
@@ -33,6 +34,7 @@ from cupaged.kernels.device import DeviceInfo, set_device_info
 from cupaged.kernels.linear_small import MAX_ROWS
 from cupaged.kernels.tier import use_sm90
 from cupaged.memory.arena import KVArena, KVLayout
+from cupaged.models.decoder import Decoder
 from cupaged.sampling_params import SamplingParams
 from cupaged.weights.checkpoint import Checkpoint
 from cupaged.weights.packing import load_weights, parameter_shapes
@@ -148,6 +150,62 @@ def test_sampling_from_a_models_logits(host_build):
     assert loaded <= set(needed_kernels(BFLOAT16, 64, sm90=False))
 
 
+ENGINE_REQUESTS = [  # prompt's length, parameters
+    (30, {"temperature": 0, "max_tokens": 9}),
+    (9, {"seed": 1, "max_tokens": 12, "n": 3}),  # blocks that are shared and copied
+    (21, {"seed": 2, "max_tokens": 5, "logprobs": 2}),
+    (7, {"seed": 3, "max_tokens": 20, "stop_token_ids": list(range(0, 300, 3))}),  # ends soon
+    (12, {"temperature": 0, "max_tokens": 1, "n": 2}),
+    (11, {"seed": 4, "max_tokens": 4, "repetition_penalty": 1.3}),
+    (25, {"seed": 5, "max_tokens": 11, "top_k": 20}),
+]
+
+
+def generate(device, *, async_scheduling, enforce_eager) -> list:
+    """What requests that come one after another get: chunks beside decodes, stops, and few blocks."""
+    backend = CudaBackend(device, BFLOAT16)
+    config = EngineConfig(
+        dtype="bfloat16", block_size=8, max_model_len=48, max_num_seqs=6, max_num_batched_tokens=20,
+        kv_cache_memory_bytes=14 * 8 * 2 * 2 * 2 * 64 * 2, async_scheduling=async_scheduling,
+        enforce_eager=enforce_eager, preemption_mode="recompute", idle_trim_seconds=None,
+    )  # fmt: skip
+    checkpoint = Checkpoint(GOLDEN / "llama")
+    weights = load_weights(checkpoint.tensors, checkpoint.config, backend)
+    backend.reserve(checkpoint.config, max_num_tokens=20, max_num_seqs=6, max_model_len=48)
+    limits = {"max_num_tokens": 20, "max_num_logits": 6, "max_model_len": 48}
+    decoder = Decoder(checkpoint.config, weights, backend, **limits)
+    engine = Engine(config, checkpoint.config, decoder, backend)
+    pending = [
+        (str(i), [(7 * i + 3 * j) % 300 for j in range(length)], SamplingParams(ignore_eos=True, **fields))
+        for i, (length, fields) in enumerate(ENGINE_REQUESTS)
+    ]
+    results, num_ahead = {}, 0
+    while pending or engine.has_unfinished_requests():
+        if pending:
+            engine.add_request(*pending.pop(0))
+        for output in engine.step():
+            if output.finished:
+                results[output.request_id] = [
+                    (completion.token_ids, completion.finish_reason, completion.stop_reason, completion.logprobs)
+                    for completion in output.outputs
+                ]
+        num_ahead += engine.pipeline.in_flight is not None
+    assert (num_ahead > 10) == async_scheduling
+    assert engine.stats().num_used_blocks == 0
+    assert engine.stats().num_copies > 0
+    engine.close()
+    return [results[str(i)] for i in range(len(ENGINE_REQUESTS))]
+
+
+@pytest.mark.parametrize("enforce_eager", [True, False])
+def test_two_steps_in_flight_give_the_same_tokens(host_build, enforce_eager):
+    device, loaded = host_build
+    expected = generate(device, async_scheduling=False, enforce_eager=True)
+    assert generate(device, async_scheduling=True, enforce_eager=enforce_eager) == expected
+    assert {reason for outputs in expected for _, reason, *_ in outputs} == {"length", "stop"}
+    assert ("take_tokens.cu", "take_tokens<128>") in loaded
+
+
 EDITED = [
     {},
     {"repetition_penalty": 1.5, "presence_penalty": 1.0},
@@ -189,7 +247,7 @@ def draw_edited(backend) -> list:
     for step in range(4):
         rows = [random_logits(10 * step + i, vocab_size + 24) for i in range(len(sequences))]
         backend.copy_in(logits, np.stack(rows))
-        token_ids, logprobs = sampler.draw(logits, sequences)
+        token_ids, logprobs = sampler.draw(logits, sequences)()
         drawn.append((token_ids, logprobs))
         for seq, token_id in zip(sequences, token_ids, strict=True):
             seq.token_ids.append(token_id)

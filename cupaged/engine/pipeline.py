@@ -1,0 +1,66 @@
+"""Two steps in flight: the next one is launched before the tokens of this one are known.
+
+host    |launch n|  launch n+1  |take in n|  launch n+2  |take in n+1|  launch n+3  |take in n+2|
+device           | step n               | step n+1                 | step n+2                 |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cupaged.engine.runner import LaunchedStep
+from cupaged.engine.scheduler import Schedule, Scheduler
+
+
+class Pipeline:
+    """The steps that are launched and not taken in: one at most between two steps of the engine, two in one.
+
+    To schedule step n+1, each sequence of step n gets a token that stands for the one that it draws: ~j, of row j of
+    its draws, which the device puts in its place. All else is known beforehand: how many tokens there are, where they
+    are written, who ends by length. Who turns out to have ended otherwise has wasted a row of step n+1, which nobody
+    reads; its blocks are kept until that step has finished. What needs the tokens first waits for them: requests whose
+    logits are edited by them, beam searches, preemption.
+
+    The host may give up what a step in flight has yet to read (the device is always one stream in order), but blocks
+    that it writes are in nobody else's hands.
+
+    is_async: whether to launch ahead at all. in_flight: the step that is to be taken in next, if it is launched.
+    """
+
+    def __init__(self, scheduler: Scheduler, *, is_async: bool):
+        self.is_async = is_async
+        self._scheduler = scheduler
+        self.in_flight: LaunchedStep | None = None
+
+    def next(self, launch: Callable[[Schedule], LaunchedStep]) -> LaunchedStep:
+        """Wait for the step that is to be taken in, with the next one launched behind it if that can be."""
+        if self.in_flight is not None and not self.in_flight.is_wanted:
+            self.settle()
+        step = self.in_flight or launch(self._scheduler.schedule())
+        self.in_flight = step  # until it has finished: it may count as computed before
+        behind = self._launch_behind(step, launch) if self.is_async and step.is_wanted else None
+        step.wait()
+        self.in_flight = behind
+        return step
+
+    def settle(self) -> None:
+        """Wait until the device has nothing to do. A step that nobody needs any more is done with."""
+        step = self.in_flight
+        if step is None:
+            return
+        step.wait()
+        if not step.is_wanted:
+            self._scheduler.complete(step.schedule)
+            self.in_flight = None
+
+    def _launch_behind(self, step: LaunchedStep, launch: Callable[[Schedule], LaunchedStep]) -> LaunchedStep | None:
+        if any([request.needs_tokens for request in self._scheduler.running]):
+            return None
+        self._scheduler.advance(step.schedule)
+        sampled = step.sampled()
+        for row, seq in sampled:
+            seq.token_ids.append(~row)
+        behind = launch(self._scheduler.schedule_ahead())
+        for _, seq in sampled:
+            seq.token_ids.pop()
+        return behind if behind.schedule.sequences else None
