@@ -94,6 +94,7 @@ def generate(
     preemption_mode,
     swap_space_bytes,
     enforce_eager,
+    async_scheduling,
     **sampling,
 ) -> None:
     """Continue each PROMPT; several run as one batch. Without any, the prompt is read from standard input."""
@@ -128,6 +129,7 @@ def generate(
         preemption_mode=preemption_mode,
         swap_space_bytes=swap_space_bytes,
         enforce_eager=enforce_eager,
+        async_scheduling=async_scheduling,
         block_size=block_size,
         kv_cache_memory_bytes=kv_cache_memory_bytes,
         gpu_memory_utilization=gpu_memory_utilization,

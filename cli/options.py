@@ -80,6 +80,11 @@ _ENGINE_OPTIONS = [
     click.option(
         "--enforce-eager", is_flag=True, help="Launch kernels one by one, instead of decode steps as CUDA graphs."
     ),
+    click.option(
+        "--async-scheduling/--no-async-scheduling",
+        default=None,
+        help="Launch each step before the last one's tokens are known.  [default: on a GPU]",
+    ),
 ]
 
 

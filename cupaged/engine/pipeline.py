@@ -54,7 +54,8 @@ class Pipeline:
             self.in_flight = None
 
     def _launch_behind(self, step: LaunchedStep, launch: Callable[[Schedule], LaunchedStep]) -> LaunchedStep | None:
-        if any([request.needs_tokens for request in self._scheduler.running]):
+        # A group that resumes may leave the blocks that this very step writes, for what the cache has of its outputs.
+        if any([request.needs_tokens or request.is_resuming for request in self._scheduler.running]):
             return None
         self._scheduler.advance(step.schedule)
         sampled = step.sampled()

@@ -90,6 +90,11 @@ class Request:
         return any(seq.state is SequenceState.SWAPPED for seq in self.sequences)
 
     @property
+    def is_resuming(self) -> bool:
+        """Whether it was preempted, and its first sequence computes for several again."""
+        return self.is_forking and any(seq.num_output_tokens for seq in self.unfinished)
+
+    @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)
 

@@ -115,10 +115,21 @@ def test_throughput_of_several_outputs_a_prompt(bench):
     assert report["engine"]["mean_sharing"] > 0
 
 
-@pytest.mark.parametrize("mode", ["recompute", "swap"])
-def test_throughput_in_a_cache_that_is_too_small(bench, mode):
+@pytest.mark.parametrize(
+    ("mode", "asynchronous"), [("recompute", "--async-scheduling"), ("swap", "--no-async-scheduling")]
+)
+def test_throughput_in_a_cache_that_is_too_small(bench, mode, asynchronous):
     sizes = ("--num-requests", 4, "--prompt-len", 20, "--output-len", 40, "--max-model-len", 100)
-    options = ("--kv-cache-memory", "160Ki", "--preemption-mode", mode, "--swap-space", "1M", "--enforce-eager")
+    options = (
+        "--kv-cache-memory",
+        "160Ki",
+        "--preemption-mode",
+        mode,
+        "--swap-space",
+        "1M",
+        "--enforce-eager",
+        asynchronous,
+    )
     out, report = bench("throughput", *sizes, *options, "--repeats", 1, "--warmup", 0)
     engine = report["engine"]
     assert engine["num_preemptions"] > 0

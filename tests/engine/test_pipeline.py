@@ -163,7 +163,7 @@ def test_who_ends_by_length_computes_nothing_more(max_tokens):
 
 @pytest.mark.parametrize("caching", [False, True])
 @pytest.mark.parametrize("num_tokens", range(1, 2 * BLOCK_SIZE + 2))
-def test_a_stop_at_each_place_of_a_block(num_tokens, caching):
+def test_class_20_a_stop_at_each_place_of_a_block(num_tokens, caching):
     """Its row of the next step is wasted, its blocks are kept until then, and nobody notices."""
     prompt, other = prompt_of(5), prompt_of(6, 3)
     output = expected_output(prompt, 40, seed=9, ignore_eos=True)
@@ -300,7 +300,9 @@ def collect(engine, every=2):
 @pytest.mark.parametrize("preemption_mode", ["recompute", "swap"])
 @pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize(("num_blocks", "budget"), [(500, 1000), (500, 11), (24, 100), (16, 20)])
-def test_mixed_requests_get_what_they_get_without(num_blocks, budget, caching, preemption_mode, scheduling_policy):
+def test_class_20_mixed_requests_get_what_they_get_without(
+    num_blocks, budget, caching, preemption_mode, scheduling_policy
+):
     config = {
         "max_model_len": 120,
         "max_num_batched_tokens": budget,
