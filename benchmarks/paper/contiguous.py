@@ -61,6 +61,8 @@ class ContiguousBlocks:
     """Stands in for BlockManager under the same Scheduler: requests with one output, each in a region that `reserve`
     sizes and that it keeps to its end. What a request was given always suffices, so none is ever preempted."""
 
+    window = None  # attention is over all tokens
+
     def __init__(self, num_slots: int, reserve: Callable[[int, int], int]):
         self.num_slots = num_slots
         self._allocator = BuddyAllocator(num_slots)

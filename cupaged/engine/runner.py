@@ -52,13 +52,9 @@ class LaunchedStep:
         return any(seq.state is not SequenceState.FINISHED for seq in self.schedule.sequences)
 
     def sampled(self) -> list[tuple[int, Sequence]]:
-        """(row of the draws, for whom) of those that have not ended, nor has who computed the row."""
-        sequences, finished = self.schedule.sequences, SequenceState.FINISHED
-        return [
-            (row, seq)
-            for row, (i, seq) in enumerate(self._rows)
-            if seq.state is not finished and sequences[i].state is not finished
-        ]
+        """(row of the draws, for whom) of those that have not ended."""
+        finished = SequenceState.FINISHED
+        return [(row, seq) for row, (_, seq) in enumerate(self._rows) if seq.state is not finished]
 
 
 class Runner:

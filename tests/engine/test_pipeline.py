@@ -16,6 +16,7 @@ from fake_model import (
     expected_output,
     expected_outputs,
     make_engine,
+    model_with,
     params_of,
     preempt,
     prompt_of,
@@ -322,18 +323,22 @@ def test_class_20_mixed_requests_get_what_they_get_without(
     assert sum(launched_ahead(engine)) >= 10
 
 
+@pytest.mark.parametrize("num_blocks", [12, 200])
 @pytest.mark.parametrize("window", [1, 5, 8, 19])
-def test_windows(window):
-    model = make_engine().model
-    model = type(model)(**{**vars(model), "sliding_window": window})
-    engine = make(FakeDecoder(window), model=model, max_num_batched_tokens=12)
-    params = params_of(3, max_tokens=30)
-    for length in (5, 12, 40):
+def test_windows(window, num_blocks):
+    """What a window has left is handed out anew, when nobody writes there any more."""
+    model = model_with(sliding_window=window)
+    engine = make(
+        FakeDecoder(window), model=model, num_blocks=num_blocks, preallocate=True, max_num_batched_tokens=12,
+        max_model_len=72,
+    )  # fmt: skip
+    wanted = {}
+    for length, n in [(5, 1), (12, 2), (40, 1)]:
+        params = params_of(n, max_tokens=30)
         engine.add_request(str(length), prompt_of(length), params)
-    for name, output in run_late(engine).items():
-        assert tokens(output) == [
-            expected_output(prompt_of(int(name)), 30, seed=3 + i, ignore_eos=True, window=window) for i in range(3)
-        ]
+        outputs = [expected_output(prompt_of(length), 30, seed=3 + i, ignore_eos=True, window=window) for i in range(n)]
+        wanted[str(length)] = outputs
+    assert {name: tokens(output) for name, output in run_late(engine).items()} == wanted
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
@@ -353,19 +358,32 @@ def test_preemption_at_any_time(every):
         assert tokens(output) == expected_outputs(prompt_of(int(name)), params_of(3))
 
 
+def record_schedules(engine):
+    """What schedule_ahead gives, from now on."""
+    schedules, original = [], engine.scheduler.schedule_ahead
+
+    def schedule_ahead():
+        schedules.append(original())
+        return schedules[-1]
+
+    engine.scheduler.schedule_ahead = schedule_ahead
+    return schedules
+
+
 def test_copies_of_a_step_that_comes_to_nothing_are_made():
-    """The next step would preempt, so it waits for tokens; by then one who shares a block has been given its copy."""
-    for num_blocks in range(4, 24):
-        engine = make(num_blocks=num_blocks, max_model_len=32, preallocate=True)
-        wanted = {}
-        for salt in range(3):
-            params = params_of(1 + salt, max_tokens=14)
-            try:
-                engine.add_request(str(salt), prompt_of(10, salt), params)
-            except ValueError:
-                continue
-            wanted[str(salt)] = expected_outputs(prompt_of(10, salt), params)
+    """Some that share a block have been given copies when there is none left for others, so the step waits for tokens.
+    By then who holds the block may have ended."""
+    num_such = 0
+    for num_blocks in range(14, 26):
+        engine = make(num_blocks=num_blocks, max_model_len=80, max_num_batched_tokens=6, preallocate=True)
+        schedules, wanted = record_schedules(engine), {}
+        for salt, (length, n, max_tokens) in enumerate([(3, 1, 45), (5, 1, 40), (60, 3, 9)]):
+            params = params_of(n, max_tokens=max_tokens, ignore_eos=False)
+            engine.add_request(str(salt), prompt_of(length, salt), params)
+            wanted[str(salt)] = expected_outputs(prompt_of(length, salt), params)
         assert {name: tokens(output) for name, output in run_late(engine).items()} == wanted
+        num_such += any(schedule.copies and not schedule.sequences for schedule in schedules)
+    assert num_such > 0
 
 
 # -- when something breaks -----------------------------------------------------------------------------------------
