@@ -134,6 +134,7 @@ class IncrementalDecoder:
         self._skipped_ids = skipped_ids
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._at_start = True
+        self._is_midway = False  # bytes of an unfinished character are held back
 
     def push(self, token_id: int) -> str:
         if token_id in self._skipped_ids:
@@ -144,7 +145,11 @@ class IncrementalDecoder:
         if self._at_start:
             piece = self._token_bytes.at_start(token_id)
             self._at_start = False
-        return self._utf8.decode(piece)
+        if not self._is_midway and piece.isascii():  # as most are
+            return piece.decode()
+        text = self._utf8.decode(piece)
+        self._is_midway = self._utf8.getstate()[0] != b""
+        return text
 
     def flush(self) -> str:
         """What was held back: U+FFFD for an unfinished character, else nothing."""
@@ -153,7 +158,7 @@ class IncrementalDecoder:
     def copy(self) -> IncrementalDecoder:
         """Another one that goes on from here."""
         other = IncrementalDecoder(self._token_bytes, self._skipped_ids)
-        other._at_start = self._at_start
+        other._at_start, other._is_midway = self._at_start, self._is_midway
         other._utf8.setstate(self._utf8.getstate())
         return other
 

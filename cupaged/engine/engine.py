@@ -38,7 +38,7 @@ from cupaged.memory.budget import (
     swap_space_bytes,
 )
 from cupaged.outputs import CompletionOutput, Logprob, RequestOutput
-from cupaged.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from cupaged.sampling_params import BeamSearchParams, SamplingParams
 
 
 class Engine:
@@ -697,26 +697,26 @@ class Engine:
     def _output(self, request: Request, touched: list[Sequence]) -> RequestOutput | None:
         """What to tell of `request` after a step that brought news of the sequences `touched`; None when it is to be
         told of at its end only."""
-        params, finished = request.params, request.finished
+        finished = request.finished
         if finished:
             request.metrics.finished_time = time.monotonic()
         elif request.tells_end_only:
             return None
-        if params.picks_best:
+        if request.picks_best:
             best = sorted(request.sequences, key=lambda seq: (seq.finish_reason == "error", -seq.cumulative_logprob))
-            sequences = best[: params.n]
-        elif params.output_kind is RequestOutputKind.DELTA or request.search is not None:
-            sequences = sorted(touched, key=lambda seq: seq.index)
+            sequences = best[: request.params.n]
+        elif request.tells_news_only or request.search is not None:
+            sequences = sorted(touched, key=lambda seq: seq.index) if len(touched) > 1 else touched
         else:
             sequences = request.sequences
         completions = [self._completion(seq) for seq in sequences]
-        if params.picks_best:
+        if request.picks_best:
             for rank, completion in enumerate(completions):
                 completion.index = rank
         prompt_logprobs = request.prompt_logprobs
-        if params.output_kind is RequestOutputKind.DELTA:
-            prompt_logprobs = (prompt_logprobs or [])[request.num_sent_prompt_logprobs :] or None
-            request.num_sent_prompt_logprobs = len(request.prompt_logprobs or [])
+        if request.tells_news_only and prompt_logprobs is not None:
+            prompt_logprobs = prompt_logprobs[request.num_sent_prompt_logprobs :] or None
+            request.num_sent_prompt_logprobs = len(request.prompt_logprobs)
         return RequestOutput(
             request.request_id,
             request.prompt,
@@ -736,16 +736,16 @@ class Engine:
             text = seq.output_text.text
         start, first_char = 0, 0
         has_sum = seq.logprobs is not None or (seq.request.search is not None and seq.state is SequenceState.FINISHED)
-        if seq.request.params.output_kind is RequestOutputKind.DELTA:
+        if seq.request.tells_news_only:
             start, first_char = seq.num_sent_tokens, seq.num_sent_chars
             seq.num_sent_tokens, seq.num_sent_chars = seq.num_output_tokens, len(text)
         return CompletionOutput(
-            index=seq.index,
-            text=text[first_char:],
-            token_ids=seq.token_ids[seq.num_prompt_tokens + start :],
-            cumulative_logprob=seq.cumulative_logprob if has_sum else None,
-            logprobs=seq.logprobs[start:] if seq.logprobs is not None else None,
-            finish_reason=seq.finish_reason,
-            stop_reason=seq.stop_reason,
-            error=seq.error,
+            seq.index,
+            text[first_char:],
+            seq.token_ids[seq.num_prompt_tokens + start :],
+            seq.cumulative_logprob if has_sum else None,
+            seq.logprobs[start:] if seq.logprobs is not None else None,
+            seq.finish_reason,
+            seq.stop_reason,
+            seq.error,
         )

@@ -103,7 +103,7 @@ class Scheduler:
             request = self.running[index]
             own = len(request.active)
             # One token is kept for each sequence that is not served yet.
-            limit = own if self._is_outranked(request) else budget - unserved + own
+            limit = own if self.by_priority and self._is_outranked(request) else budget - unserved + own
             num_tokens = self._extend(request, limit, work)
             if num_tokens is not None:
                 budget -= num_tokens
@@ -272,9 +272,11 @@ class Scheduler:
         returns how many tokens, or None, and nothing is added, when blocks lack."""
         start, total = len(work), 0
         left = limit - len(request.active)  # beyond a token for each
-        waits = self._beams_wait(request, limit)
+        waits = request.search is not None and self._beams_wait(request, limit)
         for seq in request.active:
-            num_tokens = min(request.num_wanted_tokens(seq) - seq.num_cached_tokens - waits, 1 + left)
+            num_tokens = request.num_wanted_tokens(seq) - seq.num_cached_tokens - waits
+            if num_tokens > 1 + left:
+                num_tokens = 1 + left
             if num_tokens == 0 or len(seq.token_ids) == request.max_len:  # which the step in flight brings it to
                 continue
             if not self.blocks.allocate_slots(seq, num_tokens):
@@ -289,8 +291,6 @@ class Scheduler:
 
     def _beams_wait(self, request: Request, limit: int) -> bool:
         """Whether each beam is to leave its last token uncomputed, because not all beams can reach it in this step."""
-        if request.search is None:
-            return False
         return sum([request.num_wanted_tokens(seq) - seq.num_cached_tokens for seq in request.active]) > limit
 
     def _fork(self, request: Request) -> None:

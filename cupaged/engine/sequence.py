@@ -64,7 +64,9 @@ class Request:
         self.num_logprobs = params.num_logprobs if search is None else search.num_candidates
         # Its next step can't be launched before the results of this one are there: which tokens, not only how many.
         self.needs_tokens = search is not None or logit_rules is not None or params.prompt_logprobs is not None
-        self.tells_end_only = params.output_kind is RequestOutputKind.FINAL_ONLY or params.picks_best
+        self.picks_best = params.picks_best
+        self.tells_end_only = params.output_kind is RequestOutputKind.FINAL_ONLY or self.picks_best
+        self.tells_news_only = params.output_kind is RequestOutputKind.DELTA
         self.metrics = RequestMetrics(arrival_time)
         self.num_cached_tokens: int | None = None  # of the prompt, found in the cache; None before it is scheduled
         # What RequestOutput.prompt_logprobs is to be, as far as computed.
@@ -83,7 +85,10 @@ class Request:
 
     @property
     def finished(self) -> bool:
-        return all(seq.state is SequenceState.FINISHED for seq in self.sequences)
+        for seq in self.sequences:  # noqa: SIM110  asked for each output, and all() would take twice as long
+            if seq.state is not SequenceState.FINISHED:
+                return False
+        return True
 
     @property
     def is_swapped(self) -> bool:
