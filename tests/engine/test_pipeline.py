@@ -341,6 +341,28 @@ def test_windows(window, num_blocks):
     assert {name: tokens(output) for name, output in run_late(engine).items()} == wanted
 
 
+@pytest.mark.parametrize(
+    ("window", "budget", "sizes"),
+    [
+        (5, 20, [(7, 2, 6), (3, 1, 12)]),
+        (8, 12, [(22, 1, 12), (21, 2, 10), (5, 1, 22)]),
+    ],
+)
+def test_blocks_that_leave_a_window_are_kept_until_the_step_has_finished(window, budget, sizes):
+    """The next step could do with the very blocks that this one reads. sizes: prompt, outputs and their length."""
+    engine = make(
+        FakeDecoder(window), model=model_with(sliding_window=window), num_blocks=6, max_model_len=48, preallocate=True,
+        max_num_batched_tokens=budget, enable_prefix_caching=False,
+    )  # fmt: skip
+    wanted = {}
+    for i, (length, n, max_tokens) in enumerate(sizes):
+        prompt = prompt_of(length, i)
+        engine.add_request(str(i), prompt, params_of(n, max_tokens=max_tokens))
+        outputs = [expected_output(prompt, max_tokens, seed=3 + k, ignore_eos=True, window=window) for k in range(n)]
+        wanted[str(i)] = outputs
+    assert {name: tokens(output) for name, output in run_late(engine).items()} == wanted
+
+
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_preemption_at_any_time(every):
     """What was in flight is computed again."""
