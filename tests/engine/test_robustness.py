@@ -84,13 +84,14 @@ def test_a_step_within_a_step_is_refused():
 # -- interrupts -------------------------------------------------------------------------------------------------
 
 
-def test_class_36_an_interrupt_anywhere_leaves_the_engine_usable():
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_class_36_an_interrupt_anywhere_leaves_the_engine_usable(async_scheduling):
     """Ctrl-C after random times, wherever the interpreter then is."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    engine = make_engine(num_blocks=24, max_num_batched_tokens=24, debug=True)
+    engine = make_engine(num_blocks=24, max_num_batched_tokens=24, debug=True, async_scheduling=async_scheduling)
     wanted = expected_output(prompt_of(20), 6, ignore_eos=True)
     old, num_interrupts = signal.signal(signal.SIGALRM, interrupt), 0
     try:

@@ -329,6 +329,28 @@ def test_copy_in_takes_any_source_and_only_whole_destinations(backend):
         backend.copy_in(dst[:, :4], values[:4])
 
 
+def test_fetches_give_what_was_there_when_they_began(backend):
+    src = backend.empty((5, 7), np.float32)
+    fetches = []
+    for i in range(4):  # as many under way at a time
+        backend.copy_in(src, np.full((5, 7), i, np.float32))
+        fetches.append(backend.fetch(src))
+    large = backend.empty((3000,), np.int32)
+    backend.copy_in(large, np.arange(3000))
+    fetches.append(backend.fetch(large))
+    backend.copy_in(src, np.full((5, 7), np.nan))
+    first = fetches[0]()
+    again = backend.fetch(src)  # takes the first one's buffer
+    assert (first == 0).all()
+    for i in (3, 1, 2):
+        assert np.array_equal(fetches[i](), np.full((5, 7), i, np.float32))
+    assert np.array_equal(fetches[4](), np.arange(3000))
+    assert np.isnan(again()).all()
+    assert (first == 0).all()
+    assert backend.fetch(src[:0])().shape == (0, 7)
+    assert len(backend._fetches._buffers) == 5
+
+
 def test_copy_takes_arrays_of_one_shape_and_dtype(backend):
     values = np.arange(24, dtype=np.float32).reshape(4, 6)
     src, dst = backend.empty((4, 6), np.float32), backend.empty((9, 6), np.float32)
