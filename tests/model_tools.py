@@ -75,9 +75,11 @@ def new_driver(name: str, backend) -> Driver:
     return Driver(checkpoint.config, weights, backend, block_size=8)
 
 
-def new_engine(name: str, backend, *, num_blocks=256, max_model_len=400, max_num_seqs=8, **options) -> Engine:
+def new_engine(
+    name: str, backend, *, num_blocks=256, max_model_len=400, max_num_seqs=8, max_num_tokens=512, **options
+) -> Engine:
     """An engine on a tiny model, with a cache that grows by slabs of an eighth of num_blocks, 8 tokens each."""
-    checkpoint, max_num_tokens = Checkpoint(GOLDEN / name), 512
+    checkpoint = Checkpoint(GOLDEN / name)
     model, weights = checkpoint.config, load_weights(checkpoint.tensors, checkpoint.config, backend)
     backend.reserve(model, max_num_tokens, max_num_seqs, max_model_len)
     decoder = Decoder(

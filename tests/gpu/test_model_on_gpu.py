@@ -324,16 +324,18 @@ def run_to_the_end(engine: Engine) -> dict[str, Answer]:
 
 @pytest.mark.parametrize("max_num_seqs", [26, 256])
 def test_graphs_give_the_bits_of_eager_steps_on_a_tiny_model(max_num_seqs):
+    """With one step in flight and with two."""
     sizes = edge_sizes(max_num_seqs)
     answers = []
-    for enforce_eager in (True, False):
+    for enforce_eager, async_scheduling in itertools.product((True, False), (False, True)):
         engine = new_engine(
-            "qwen3", open_cuda(BFLOAT16), max_num_seqs=max_num_seqs, num_blocks=4096, enforce_eager=enforce_eager
-        )
+            "qwen3", open_cuda(BFLOAT16), max_num_seqs=max_num_seqs, num_blocks=4096, enforce_eager=enforce_eager,
+            async_scheduling=async_scheduling,
+        )  # fmt: skip
         answers.append(run_staggered(engine, sizes))
         assert engine.stats().num_graphs == (0 if enforce_eager else len(sizes) / 2)
         engine.close()
-    assert answers[0] == answers[1]
+    assert all(answer == answers[0] for answer in answers[1:])
 
 
 @pytest.mark.parametrize("own_stream", [False, True])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from host_device import H100, CupyArraysDevice, NumpyDevice
 from model.conftest import Driver
-from model_tools import GOLDEN, MODELS, RoundingBackend, golden, mixed_steps, new_driver, rms
+from model_tools import GOLDEN, MODELS, RoundingBackend, golden, mixed_steps, new_driver, new_engine, rms
 from sampling_tools import make_rows, random_logits
 
 from cupaged.backends import cuda, host_copy, sampling_reference
@@ -21,10 +21,9 @@ from cupaged.backends.base import SAMPLING_ROW
 from cupaged.backends.cuda import CudaBackend, needed_kernels, open_cuda, probe
 from cupaged.backends.host_copy import HostCopier
 from cupaged.backends.reference import ReferenceBackend
-from cupaged.config import EngineConfig, ModelConfig
+from cupaged.config import ModelConfig
 from cupaged.engine import sampler as sampler_module
 from cupaged.engine.batch import Batch
-from cupaged.engine.engine import Engine
 from cupaged.engine.logit_edits import LogitRules
 from cupaged.engine.sampler import Sampler
 from cupaged.engine.sequence import Request
@@ -34,7 +33,6 @@ from cupaged.kernels.device import DeviceInfo, set_device_info
 from cupaged.kernels.linear_small import MAX_ROWS
 from cupaged.kernels.tier import use_sm90
 from cupaged.memory.arena import KVArena, KVLayout
-from cupaged.models.decoder import Decoder
 from cupaged.sampling_params import SamplingParams
 from cupaged.weights.checkpoint import Checkpoint
 from cupaged.weights.packing import load_weights, parameter_shapes
@@ -164,17 +162,11 @@ ENGINE_REQUESTS = [  # prompt's length, parameters
 def generate(device, *, async_scheduling, enforce_eager) -> list:
     """What requests that come one after another get: chunks beside decodes, stops, and few blocks."""
     backend = CudaBackend(device, BFLOAT16)
-    config = EngineConfig(
-        dtype="bfloat16", block_size=8, max_model_len=48, max_num_seqs=6, max_num_batched_tokens=20,
-        kv_cache_memory_bytes=14 * 8 * 2 * 2 * 2 * 64 * 2, async_scheduling=async_scheduling,
-        enforce_eager=enforce_eager, preemption_mode="recompute", idle_trim_seconds=None,
+    engine = new_engine(
+        "llama", backend, num_blocks=14, max_model_len=48, max_num_seqs=6, max_num_tokens=20,
+        preemption_mode="recompute", async_scheduling=async_scheduling, enforce_eager=enforce_eager,
+        idle_trim_seconds=None,
     )  # fmt: skip
-    checkpoint = Checkpoint(GOLDEN / "llama")
-    weights = load_weights(checkpoint.tensors, checkpoint.config, backend)
-    backend.reserve(checkpoint.config, max_num_tokens=20, max_num_seqs=6, max_model_len=48)
-    limits = {"max_num_tokens": 20, "max_num_logits": 6, "max_model_len": 48}
-    decoder = Decoder(checkpoint.config, weights, backend, **limits)
-    engine = Engine(config, checkpoint.config, decoder, backend)
     pending = [
         (str(i), [(7 * i + 3 * j) % 300 for j in range(length)], SamplingParams(ignore_eos=True, **fields))
         for i, (length, fields) in enumerate(ENGINE_REQUESTS)
