@@ -111,6 +111,7 @@ linear_sm90(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [m
         if (i > 0) release(step - 1);
       }
       wgmma_wait_group<0>();
+      wgmma_hold(sum);
       release(step - 1);
 
       // This warp's 16 rows of results, some columns at a time, through shared memory into whole vectors.

@@ -214,6 +214,7 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
       float factors[2];
       start_scores(seen_begin);
       wgmma_wait_group<0>();
+      wgmma_hold(scores);
       release(2 * seen_begin);
       softmax(seen_begin, factors);  // there are no sums yet to move
       round_weights();
@@ -221,9 +222,11 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
         start_scores(tile + 1);
         start_values(tile);
         wgmma_wait_group<1>();  // the scores
+        wgmma_hold(scores);
         release(2 * tile + 2);
         softmax(tile + 1, factors);
         wgmma_wait_group<0>();  // the values
+        wgmma_hold(sums);
         release(2 * tile + 1);
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; ++i) sums[i] *= factors[i / 2 % 2];
@@ -231,6 +234,7 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
       }
       start_values(seen_end - 1);
       wgmma_wait_group<0>();
+      wgmma_hold(sums);
       release(2 * seen_end - 1);
     }
     skip(max(seen_begin, seen_end), num_tiles);

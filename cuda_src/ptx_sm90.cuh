@@ -60,6 +60,14 @@ __device__ __forceinline__ void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
 }
 
+// Keep the compiler from moving what reads or writes d to before this point: to it, sums are there when wgmma has been
+// issued. Stands after the wait for them.
+template <int kCount>
+__device__ __forceinline__ void wgmma_hold(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // Descriptors of operands in shared memory, which lie in panels: rows of 64 16-bit elements (128 bytes) one after the
 // other, row r having its 16-byte chunk c at c ^ (r % 8). A panel begins at a multiple of 1024 bytes.
 //

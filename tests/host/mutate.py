@@ -233,8 +233,8 @@ MUTATIONS = (
     ),
     Mutation(
         HOPPER, "paged_prefill_sm90.cu", "values are given back before they have been multiplied",
-        "        wgmma_wait_group<0>();  // the values\n        release(2 * tile + 1);",
-        "        release(2 * tile + 1);\n        wgmma_wait_group<0>();  // the values",
+        "        wgmma_wait_group<0>();  // the values\n        wgmma_hold(sums);\n        release(2 * tile + 1);",
+        "        release(2 * tile + 1);\n        wgmma_wait_group<0>();  // the values\n        wgmma_hold(sums);",
         PREFILL,
     ),
     Mutation(
@@ -245,8 +245,8 @@ MUTATIONS = (
     ),
     Mutation(
         HOPPER, "paged_prefill_sm90.cu", "weights are rounded into registers that a product still reads",
-        "        wgmma_wait_group<0>();  // the values\n        release(2 * tile + 1);",
-        "        round_weights();\n        wgmma_wait_group<0>();  // the values\n        release(2 * tile + 1);",
+        "        wgmma_wait_group<0>();  // the values\n",
+        "        round_weights();\n        wgmma_wait_group<0>();  // the values\n",
         PREFILL,
     ),
     Mutation(
@@ -299,19 +299,20 @@ MUTATIONS = (
     ),
     Mutation(
         HOPPER, "linear_sm90.cu", "a stage is given back while its products are under way",
-        "        if (i > 0) release(step - 1);\n      }\n      wgmma_wait_group<0>();\n      release(step - 1);\n",
+        "        if (i > 0) release(step - 1);\n      }\n      wgmma_wait_group<0>();\n      wgmma_hold(sum);\n"
+        "      release(step - 1);\n",
         "        release(step);\n      }\n      wgmma_wait_group<0>();\n",
         ("linear_sm90",),
     ),
     Mutation(
         HOPPER, "linear_sm90.cu", "a tile's last stage is not given back",
-        "      wgmma_wait_group<0>();\n      release(step - 1);\n",
-        "      wgmma_wait_group<0>();\n",
+        "      wgmma_hold(sum);\n      release(step - 1);\n",
+        "      wgmma_hold(sum);\n",
         ("linear_sm90",),
     ),
     Mutation(
         HOPPER, "linear_sm90.cu", "the sums are stored before they are there",
-        "      wgmma_wait_group<0>();\n      release(step - 1);\n",
+        "      wgmma_wait_group<0>();\n      wgmma_hold(sum);\n      release(step - 1);\n",
         "      release(step - 1);\n",
         ("linear_sm90",),
     ),

@@ -20,6 +20,9 @@ inline void wgmma_wait_group(host::Site site = host::Site::here()) {
   host::wgmma_wait_group(kPending, site);
 }
 
+template <int kCount>
+inline void wgmma_hold(float (&)[kCount]) {}
+
 inline unsigned long long wgmma_transposed(const void* panel, int panel_bytes) {
   return 1ull << 62 | 1024ull / 16 << 32 | (unsigned long long)(panel_bytes / 16) << 16 |
          (shared_address(panel) & 0x3ffff) / 16;
