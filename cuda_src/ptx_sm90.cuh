@@ -35,12 +35,13 @@ __device__ __forceinline__ unsigned long long nanoseconds() {
 }
 
 // Wait until the phase of this parity has completed. The phase under way must be that one or the one after it. A wait of
-// 20 seconds ends the launch with an error: an arrival was lost, and a GPU that hangs is worse.
+// 20 seconds ends the launch with an error: an arrival was lost, and a GPU that hangs is worse. The error is that of an
+// illegal address, as a trap here makes the compiler serialize wgmma.
 __device__ __forceinline__ void mbarrier_wait(unsigned long long* barrier, int parity) {
   if (mbarrier_try_wait(barrier, parity)) return;
   const unsigned long long start = nanoseconds();
   while (!mbarrier_try_wait(barrier, parity))
-    if (nanoseconds() - start > 20000000000ull) __trap();
+    if (nanoseconds() - start > 20000000000ull) asm volatile("st.global.u32 [%0], 0;\n" ::"l"(0ull) : "memory");
 }
 
 // -- products of a warpgroup --------------------------------------------------------------------------------

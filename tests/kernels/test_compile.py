@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from cupaged.kernels import compile as compiler
 from cupaged.kernels import device, prebuilt
 from cupaged.kernels.device import DeviceInfo, device_info, find_arch, set_device_info
 from cupaged.kernels.kernel_cache import KernelCache
+from cupaged.kernels.nvrtc import load_nvrtc
 from cupaged.kernels.registry import instantiations
 from cupaged.kernels.tier import runs_on
 
@@ -97,6 +99,22 @@ def test_every_instantiation_compiles(file, arch, programs):
     assert image.startswith(b"\x7fELF")
     assert len(set(symbols.values())) == len(names)
     assert all(symbol.encode() in image for symbol in symbols.values())
+
+
+@pytest.mark.parametrize("file", [file for file in SOURCES if file.endswith("_sm90.cu")])
+def test_wgmma_is_left_asynchronous_and_nothing_spills(file):
+    """What ptxas says, which it says to nobody when it compiles: it may serialize the products, and did over a trap."""
+    nvrtc = load_nvrtc()
+    program = nvrtc.createProgram((compiler.SOURCE_DIR / file).read_text(), file, (), ())
+    names = [name for source, name in instantiations() if source == file]
+    for name in names:
+        nvrtc.addNameExpression(program, name)
+    includes = (f"-I{folder}" for folder in compiler._include_dirs())
+    nvrtc.compileProgram(program, ("-arch=sm_90a", *compiler.FLAGS, "--ptxas-options=-v", *includes))
+    log = nvrtc.getProgramLog(program)
+    nvrtc.destroyProgram(program)
+    assert "serialized" not in log
+    assert len(re.findall(r"\b0 bytes spill stores, 0 bytes spill loads", log)) == len(names)
 
 
 def test_the_registry_names_each_source_and_nothing_twice():
