@@ -1,21 +1,25 @@
 """partial_sums.cu reads every element once: integers, whose sums float32 holds exactly, add up."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from cupaged.kernels import partial_sums as launcher
 from cupaged.kernels.checks import FLOAT16, FLOAT32
-from cupaged.kernels.device import DeviceInfo, set_device_info
+from cupaged.kernels.device import DeviceInfo, device_info, set_device_info
 from cupaged.kernels.partial_sums import NUM_THREADS, UNROLL, num_partial_sums, partial_sums
-from kernel_tools import is_poison, poisoned
+from kernel_tools import HostRunner, is_poison, poisoned
 
 TURN = 4 * NUM_THREADS * UNROLL  # elements that a thread block takes in a turn
 
 
 @pytest.fixture
-def two_thread_blocks(monkeypatch):
+def two_thread_blocks(monkeypatch, runner):
     monkeypatch.setattr(launcher, "THREAD_BLOCKS_PER_SM", 2)
-    set_device_info(DeviceInfo("sm_80", num_sms=1, max_shared_bytes=100 << 10))
+    on_host = isinstance(runner, HostRunner)
+    device = DeviceInfo("sm_80", num_sms=108, max_shared_bytes=100 << 10) if on_host else device_info()
+    set_device_info(replace(device, num_sms=1))
     yield
     set_device_info(None)
 
