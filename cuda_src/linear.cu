@@ -78,11 +78,13 @@ linear(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [m, n /
 
   TileCopier<scalar_t, kTileM, kThreads> x_copier(x, place.first_token, m, k, first_tile_k * kTileK);
   TileCopier<scalar_t, kTileN, kThreads> weight_copier(weight, place.first_output, n, k, first_tile_k * kTileK);
-  auto copy_x = [&](int tile) {
-    if (tile < num_tiles_k) x_copier.copy(ring + tile % kStages * kStageElements);
-  };
-  auto copy_weight = [&](int tile) {
-    if (tile < num_tiles_k) weight_copier.copy(ring + tile % kStages * kStageElements + kTileM * kTileK);
+  auto copy_stage = [&](int tile) {
+    if (tile < num_tiles_k) {
+      scalar_t* stage = ring + tile % kStages * kStageElements;
+      x_copier.copy(stage);
+      weight_copier.copy(stage + kTileM * kTileK);
+    }
+    cp_async_commit_group();  // an empty group, too, so that the wait below counts the same at the end
   };
 
   // Fragments of one step of k. The rows that a lane points ldmatrix at have the same row % 8 in every mma block, so
@@ -105,17 +107,8 @@ linear(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [m, n /
 
   float sum[kBlocksM][kBlocksN][4] = {};
 
-  // No kernel writes weight: its first stages are on their way while the kernel before this one ends. They belong to the
-  // first group, so that a group a stage is counted below; an empty one, too, where k has ended.
 #pragma unroll
-  for (int tile = 0; tile < kStages - 1; ++tile) copy_weight(tile);
-  griddepcontrol_wait();
-  griddepcontrol_launch_dependents();
-#pragma unroll
-  for (int tile = 0; tile < kStages - 1; ++tile) {
-    copy_x(tile);
-    cp_async_commit_group();
-  }
+  for (int tile = 0; tile < kStages - 1; ++tile) copy_stage(tile);
   cp_async_wait_group<kStages - 2>();
   __syncthreads();
   load_fragments(0, 0, 0);
@@ -130,11 +123,7 @@ linear(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [m, n /
         __syncthreads();  // the next stage is there for all, and nobody reads this one any more
         load_fragments(0, tile + 1, 0);
       }
-      if (step == 0) {  // into the stage of tile - 1
-        copy_x(tile + kStages - 1);
-        copy_weight(tile + kStages - 1);
-        cp_async_commit_group();
-      }
+      if (step == 0) copy_stage(tile + kStages - 1);  // into the stage of tile - 1
 #pragma unroll
       for (int i = 0; i < kBlocksM; ++i)
 #pragma unroll

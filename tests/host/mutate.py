@@ -153,14 +153,14 @@ MUTATIONS = (
     ),
     Mutation(
         COPY, "linear.cu", "no group at the end, where nothing is left to copy",
-        "copy_weight(tile + kStages - 1);\n        cp_async_commit_group();",
-        "copy_weight(tile + kStages - 1);\n        if (tile + kStages - 1 < num_tiles_k) cp_async_commit_group();",
+        "weight_copier.copy(stage + kTileM * kTileK);\n    }\n    cp_async_commit_group();",
+        "weight_copier.copy(stage + kTileM * kTileK);\n      cp_async_commit_group();\n    }",
         ("linear",),
     ),
     Mutation(
         COPY, "linear.cu", "a stage is filled while it is still being read",
-        "copy_x(tile + kStages - 1);\n        copy_weight(tile + kStages - 1);",
-        "copy_x(tile + kStages);\n        copy_weight(tile + kStages);",
+        "if (step == 0) copy_stage(tile + kStages - 1);",
+        "if (step == 0) copy_stage(tile + kStages);",
         ("linear",),
     ),
     Mutation(
