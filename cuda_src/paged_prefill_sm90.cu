@@ -53,6 +53,7 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
   using QueryLayout = PanelLayout<kHeadDim, kRows>;
   using TileLayout = PanelLayout<kHeadDim, kKeys>;
   constexpr int kTileSize = kKeys * kHeadDim;  // elements
+  static_assert(kKeys == kGroup, "each fetching thread looks up one row of a tile");
 
   const int kv_head = blockIdx.x, seq = first_seq + blockIdx.y;
   const int group = num_heads / kv.num_kv_heads;
@@ -104,10 +105,31 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
                   qkv + (token * (num_heads + 2 * kv.num_kv_heads) + head) * kHeadDim + chunk * 8,
                   source == first_row + row);
     }
+    // Each thread looks up one row of a tile, once for its keys and values; then a warp copies the rows of its lanes, which
+    // hand their addresses around. Rows outside of the range become zeros and are not read, as in PagedRows::copy.
+    const int lane = threadIdx.x % kWarpSize;
+    const int warp_row = threadIdx.x - lane;
+    const scalar_t* row_start = nullptr;
+    unsigned valid_rows = 0;
     for (int fill = 0; fill < num_fills; ++fill) {
+      if (fill % 2 == 0) {
+        const int key = first_key + fill / 2 * kKeys + threadIdx.x;
+        const int source = min(max(key, rows.begin), rows.end - 1);  // a row that exists
+        row_start = kv.row<scalar_t, kHeadDim>(kv.k_offset, rows.block_table[source >> block_shift], kv_head,
+                                               block_shift, source & ((1 << block_shift) - 1));
+        valid_rows = __ballot_sync(kFullMask, key == source);
+      } else {
+        row_start += kv.v_offset - kv.k_offset;
+      }
       if (fill >= kSlots) mbarrier_wait(empty + fill % kSlots, (fill / kSlots - 1) % 2);
-      rows.copy<TileLayout, kKeys, kGroup>(ring + fill % kSlots * kTileSize,
-                                           fill % 2 == 0 ? kv.k_offset : kv.v_offset, first_key + fill / 2 * kKeys);
+      scalar_t* tile = ring + fill % kSlots * kTileSize;
+#pragma unroll 4
+      for (int i = lane; i < kWarpSize * TileLayout::kChunks; i += kWarpSize) {
+        const int row = i / TileLayout::kChunks, chunk = i % TileLayout::kChunks;
+        const auto source = reinterpret_cast<const scalar_t*>(
+            __shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(row_start), row));
+        cp_async_16(tile + TileLayout::offset(warp_row + row, chunk), source + chunk * 8, valid_rows >> row & 1);
+      }
       cp_async_commit_group();
       if (fill >= kLag) {
         cp_async_wait_group<kLag>();

@@ -38,6 +38,7 @@ from cupaged.kernels.rope import rope_and_store_kv
 from cupaged.kernels.sampler import sample
 from cupaged.kernels.take_tokens import take_tokens
 from cupaged.kernels.tier import SM90_SUFFIX, use_sm90
+from cupaged.kernels.tuning import linear_sm90_fills
 from cupaged.memory.arena import KVArena
 from cupaged.memory.budget import format_bytes
 
@@ -433,17 +434,18 @@ class CudaBackend:
     def linear(
         self, out: Array, x: Array, weight: Array, bias: Array | None = None, *, accumulate: bool = False
     ) -> None:
-        self._linear_kernels(x.shape[0]).linear(out, x, weight, bias, accumulate=accumulate)
+        self._linear_kernels(x, weight).linear(out, x, weight, bias, accumulate=accumulate)
 
     def linear_silu_and_mul(self, out: Array, x: Array, weight: Array) -> None:
-        self._linear_kernels(x.shape[0]).silu_and_mul(out, x, weight)
+        self._linear_kernels(x, weight).silu_and_mul(out, x, weight)
 
-    def _linear_kernels(self, num_rows: int) -> LinearKernels:
-        """Up to 16 rows, up to 64 and more are summed in three orders; on GPUs of one kind, a row has the same results,
-        bit for bit, among batches of each."""
+    def _linear_kernels(self, x: Array, weight: Array) -> LinearKernels:
+        """Up to 16 rows, up to 64 and more are summed in three orders (on Hopper in a fourth, where they make enough
+        tiles); on GPUs of one kind, a row has the same results, bit for bit, among batches of each."""
+        num_rows, num_outputs = x.shape[0], weight.shape[0]
         if num_rows <= MAX_ROWS:
             return SMALL
-        if self._sm90 and num_rows >= MIN_ROWS:
+        if self._sm90 and num_rows >= MIN_ROWS and linear_sm90_fills(num_rows, num_outputs, device_info()):
             return SM90
         portable = linear, linear_silu_and_mul
         return LinearKernels(*(functools.partial(kernel, workspace=self._linear_workspace) for kernel in portable))

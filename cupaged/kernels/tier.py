@@ -20,15 +20,16 @@ def runs_on(file: str, arch: str) -> bool:
 
 
 def use_sm90() -> bool:
-    """Whether Hopper's own kernels take the portable ones' place on the current device: when CUPAGED_TIER=sm90 asks
-    for them. They have not run on a GPU yet; until they have, the portable ones are the default.
+    """Whether Hopper's own kernels take the portable ones' place on the current device: where it is one, unless
+    CUPAGED_TIER=portable asks for the others.
 
-    Raises ValueError for another value, and where the device is no Hopper."""
-    tier = os.environ.get(ENVIRONMENT_VARIABLE, "portable")
+    Raises ValueError for another value, and for CUPAGED_TIER=sm90 where the device is no Hopper."""
+    is_hopper = device_info().arch == "sm_90a"
+    tier = os.environ.get(ENVIRONMENT_VARIABLE)
+    if tier is None:
+        return is_hopper
     if tier not in TIERS:
         raise ValueError(f"{ENVIRONMENT_VARIABLE}: expected {' or '.join(TIERS)}, got {tier!r}")
-    if tier == "portable":
-        return False
-    if (arch := device_info().arch) != "sm_90a":
-        raise ValueError(f"{ENVIRONMENT_VARIABLE}={tier} needs a Hopper GPU, this one is {arch}: unset it")
-    return True
+    if tier == "sm90" and not is_hopper:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}=sm90 needs a Hopper GPU, this one is {device_info().arch}: unset it")
+    return tier == "sm90"

@@ -171,6 +171,12 @@ class LinearSm90Tile:
 LINEAR_SM90_TILES = (LinearSm90Tile(tile_n=256, stages=4), LinearSm90Tile(tile_n=128, stages=6))
 
 
+def linear_sm90_fills(m: int, n: int, device: DeviceInfo) -> bool:
+    """Whether tiles of 128 x 128 are enough for half of the SMs: with fewer, `linear` was faster (an H200, 128 and 256
+    rows)."""
+    return 2 * ceil_div(m, 128) * ceil_div(n, 128) >= device.num_sms
+
+
 @functools.lru_cache(maxsize=4096)
 def linear_sm90_tile(m: int, n: int, device: DeviceInfo) -> LinearSm90Tile:
     """The tile with which the busiest SM draws the fewest rows from L2, on the guess that these bound it."""

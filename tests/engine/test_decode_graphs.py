@@ -91,6 +91,7 @@ def test_batches_are_padded_to_few_sizes(max_num_seqs):
         assert (n <= MAX_ROWS, n <= SPLIT_ROWS, n >= MIN_ROWS) == (
             size <= MAX_ROWS, size <= SPLIT_ROWS, size >= MIN_ROWS
         )  # fmt: skip
+        assert -(-n // 128) == -(-size // 128)  # nor one that depends on the number of tiles
 
         assert padded.num_decodes == padded.num_tokens == size
         assert padded.max_query_len == 0

@@ -60,6 +60,7 @@ WHOLE_MODELS = [
 def test_whole_models_err_no_more_than_a_plain_implementation(host_build, name, dtype, tier, monkeypatch):
     monkeypatch.setenv("CUPAGED_TIER", tier)
     monkeypatch.setattr(cuda, "MIN_ROWS", MAX_ROWS + 1)  # so that the prompts here are many rows
+    monkeypatch.setattr(cuda, "linear_sm90_fills", lambda *_: True)
     device, loaded = host_build
     expected = np.tile(golden(name)["logits"], (2, 1))
     actual = mixed_steps(new_driver(name, CudaBackend(device, dtype)), name)
@@ -518,7 +519,7 @@ def test_needed_kernels_are_of_one_dtype_and_head_dim():
         assert not any(file.endswith("_sm90.cu") for file in files)
 
 
-def test_the_tier_is_asked_for(monkeypatch):
+def test_a_hopper_gets_its_own_kernels_and_others_the_portable_ones(monkeypatch):
     set_device_info(DeviceInfo("sm_80", num_sms=108, max_shared_bytes=166912))
     try:
         monkeypatch.delenv("CUPAGED_TIER", raising=False)
@@ -527,6 +528,8 @@ def test_the_tier_is_asked_for(monkeypatch):
         with pytest.raises(ValueError, match=r"^CUPAGED_TIER=sm90 needs a Hopper GPU"):
             use_sm90()
         set_device_info(H100)
+        assert use_sm90()
+        monkeypatch.delenv("CUPAGED_TIER")
         assert use_sm90()
         monkeypatch.setenv("CUPAGED_TIER", "portable")
         assert not use_sm90()
