@@ -1,7 +1,7 @@
 // embedding.cu: out[i] = weight[ids[i]] in float32
 //
 // Work:    one thread block a row, 8 elements a thread and turn.
-// Bound:   bytes: each row of out is written once and its source read once. Not yet measured.
+// Bound:   bytes: each row of out is written once and its source read once. Measured: docs/performance.md.
 // An id outside [0, num_rows) gives a row of zeros and reads nothing.
 #include "common.cuh"
 #include "ptx.cuh"

@@ -16,7 +16,7 @@ struct LogitEdit {
 //
 // Work:     one thread an edit; each (row, token) occurs once, so no two threads meet.
 // Numerics: float32, a rounding each step, or one fewer where the compiler fuses the last two.
-// Bound:    latency: 20 bytes an edit in a row, a logit's read and write wherever it lies. Not yet measured.
+// Bound:    latency: 20 bytes an edit in a row, a logit's read and write wherever it lies. Measured: docs/performance.md.
 // grid (ceil(num_edits / kNumThreads)), block (kNumThreads)
 template <int kNumThreads>  // threads per block
 __global__ void __launch_bounds__(kNumThreads)
@@ -38,7 +38,7 @@ edit_logits(float* __restrict__ logits,           // [num_rows, row_size]
 // keep_allowed:  l = -inf for each id whose bit in the row's mask is 0; id i has bit i % 32 of word i / 32
 //
 // Work:  kNumThreads * kIdsPerThread ids of a row a thread block; neighbouring threads have neighbouring ids.
-// Bound: bytes: every logit that is not allowed is written, none is read. Not yet measured.
+// Bound: bytes: every logit that is not allowed is written, none is read. Measured: docs/performance.md.
 // grid (num_masks, ceil(vocab_size / (kNumThreads * kIdsPerThread))), block (kNumThreads)
 template <int kNumThreads,    // threads per block
           int kIdsPerThread>  // ids of a thread

@@ -12,7 +12,7 @@
 // Numerics: scores, weights and sums in float32, weights rounded to scalar_t before they meet V; one rounding at the
 //           store. Key tiles lie at absolute positions and a tile that a row can't see leaves its state as it was, bit
 //           for bit, so a token's result doesn't depend on how its prompt was cut into chunks.
-// Traffic:  K and V of a tile serve 16 * kRowTiles * kNumWarps rows: bound by the tensor cores. Not yet measured.
+// Traffic:  K and V of a tile serve 16 * kRowTiles * kNumWarps rows: bound by the tensor cores. Measured: docs/performance.md.
 #include "common.cuh"
 #include "paged_kv.cuh"
 #include "paged_tile.cuh"

@@ -5,7 +5,7 @@
 //           on how many others there are.
 // Numerics: float32: squares summed element by element in a thread, then across the warp, then warp by warp; one
 //           rounding, at the store.
-// Bound:    bytes: x and out once each from DRAM; weight stays in L2. Not yet measured.
+// Bound:    bytes: x and out once each from DRAM; weight stays in L2. Measured: docs/performance.md.
 #include "common.cuh"
 #include "ptx.cuh"
 

@@ -3,7 +3,7 @@
 // A batch that was put together before its tokens were known names them by the rows that draw them.
 //
 // Work:    one thread a token.
-// Bound:   latency: 4 bytes a token, and 4 more from wherever its row lies. Not yet measured.
+// Bound:   latency: 4 bytes a token, and 4 more from wherever its row lies. Measured: docs/performance.md.
 // A row outside [0, num_drawn) is left as it stands.
 // grid (ceil(num_tokens / kNumThreads)), block (kNumThreads)
 #include "common.cuh"

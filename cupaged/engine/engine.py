@@ -672,7 +672,7 @@ class Engine:
 
     def _end_search(self, request: Request, reason: str | None = None) -> list[Sequence]:
         """Make what was kept the request's sequences, the best first, and return them. If it ends early, for
-        `reason`, beams take the places that are left."""
+        `reason`, beams take the places that are left; and after an error all say so, as better ones may be missing."""
         search, beams = request.search, request.sequences
         for beam in request.unfinished:
             self.scheduler.finish(beam, reason or "length")
@@ -687,6 +687,8 @@ class Engine:
             stop = self._settle_text(seq, len(seq.token_ids) - hide_last)
             if stop is not None:
                 seq.finish_reason, seq.stop_reason = "stop", stop
+            if reason == "error":
+                seq.finish_reason = "error"
         best, told = found[0], search.settled  # it begins with what was told of already
         best.num_sent_tokens, best.num_sent_chars = told.num_sent_tokens, told.num_sent_chars
         request.sequences = found
