@@ -97,17 +97,18 @@ def test_class_36_an_interrupt_anywhere_leaves_the_engine_usable(async_schedulin
     try:
         for i in range(400):
             try:
-                signal.setitimer(signal.ITIMER_REAL, 1e-5 + (i * 37 % 400) * 2e-5)
-                for j in range(6):
-                    if not engine.has_request(str(j)):
-                        engine.add_request(str(j), prompt_of(9 + 5 * j, i % 3), greedy(8, n=1 + j % 3, seed=1))
-                for _ in range(8):
-                    engine.step()
-                    engine.abort("3")
-            except KeyboardInterrupt:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 1e-5 + (i * 37 % 400) * 2e-5)
+                    for j in range(6):
+                        if not engine.has_request(str(j)):
+                            engine.add_request(str(j), prompt_of(9 + 5 * j, i % 3), greedy(8, n=1 + j % 3, seed=1))
+                    for _ in range(8):
+                        engine.step()
+                        engine.abort("3")
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:  # which may come as late as in the line before
                 num_interrupts += 1
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
             assert engine.audit() == []
             engine.abort("x")
             engine.add_request("x", prompt_of(20), greedy(6))
