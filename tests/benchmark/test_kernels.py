@@ -102,6 +102,7 @@ def launches(monkeypatch):
 
     set_loader(load)
     set_device_info(DeviceInfo("sm_90a", num_sms=132, max_shared_bytes=232448))
+    monkeypatch.setenv("CUPAGED_TIER", "portable")
     monkeypatch.setattr(cuda, "load_kernels", lambda kernels: None)
     yield CudaBackend(HostDevice(), BFLOAT16), loaded
     set_device_info(None)

@@ -96,6 +96,7 @@ def host_build(request, runner, monkeypatch):
 
     set_loader(load)
     set_device_info(H100)
+    monkeypatch.setenv("CUPAGED_TIER", "portable")  # tests of the other kernels say so
     monkeypatch.setattr(cuda, "load_kernels", lambda kernels: None)
     yield device, loaded
     set_device_info(None)
