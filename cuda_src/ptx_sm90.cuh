@@ -18,6 +18,17 @@ __device__ __forceinline__ void mbarrier_arrive(unsigned long long* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// Arrive; the phase also waits for this many bytes that the copy engine brings.
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(unsigned long long* barrier, int num_bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(num_bytes)
+               : "memory");
+}
+
+// Barriers that this thread has initialised become visible to the copy engine, and by a barrier after it to others.
+__device__ __forceinline__ void mbarrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+}
+
 __device__ __forceinline__ bool mbarrier_try_wait(unsigned long long* barrier, int parity) {
   unsigned done;
   asm volatile(
@@ -42,6 +53,45 @@ __device__ __forceinline__ void mbarrier_wait(unsigned long long* barrier, int p
   const unsigned long long start = nanoseconds();
   while (!mbarrier_try_wait(barrier, parity))
     if (nanoseconds() - start > 20000000000ull) asm volatile("st.global.u32 [%0], 0;\n" ::"l"(0ull) : "memory");
+}
+
+// -- the copy engine ----------------------------------------------------------------------------------------
+//
+// One thread starts a copy; its bytes count at an mbarrier of this thread block when they are there, and who has waited
+// for that phase sees them. No fence is needed, not before wgmma either.
+
+// num_bytes, a multiple of 16; both ends at multiples of 16 bytes.
+__device__ __forceinline__ void bulk_copy(void* dst, const void* src, int num_bytes, unsigned long long* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(
+                   shared_address(dst)),
+               "l"(src), "r"(num_bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+
+// Ask for these bytes of global memory to be brought into L2; a multiple of 16 from a multiple of 16 on.
+__device__ __forceinline__ void bulk_prefetch_l2(const void* src, int num_bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(src), "r"(num_bytes) : "memory");
+}
+
+// Describes a matrix of 16-bit elements to the copy engine, and the box of rows of 64 columns that a copy brings: the
+// driver's CUtensorMap, made by tensor_map.py. A kernel takes it as `const __grid_constant__ TensorMap`.
+struct alignas(64) TensorMap {
+  unsigned long long opaque[16];
+};
+
+// The box whose first element is at this row and column, to a multiple of 1024 bytes, as wgmma_descriptor wants it. What
+// is past the edges of the matrix becomes zeros, and counts: it is always the whole box, 128 bytes a row.
+__device__ __forceinline__ void tensor_copy(void* dst, const TensorMap& map, int column, int row,
+                                            unsigned long long* barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+               "[%4];\n" ::"r"(shared_address(dst)),
+               "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
+               : "memory");
+}
+
+// Fetch the description itself, ahead of the first copy.
+__device__ __forceinline__ void tensor_prefetch(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
 }
 
 // -- products of a warpgroup --------------------------------------------------------------------------------

@@ -42,9 +42,14 @@ def check_vectors(name: str, array, row: int) -> None:
     """Raise ValueError unless rows of `row` elements can be moved by 16-byte vectors."""
     if row * array.dtype.itemsize % VECTOR_BYTES:
         raise ValueError(f"{name}: a row must be a multiple of 16 bytes; got {row} elements of {array.dtype}")
-    address = array.ctypes.data if hasattr(array, "ctypes") else array.data.ptr  # NumPy (the tests), CuPy
+    address = address_of(array)
     if address % VECTOR_BYTES:
         raise ValueError(f"{name}: must start at a multiple of 16 bytes; it starts at {address:#x}")
+
+
+def address_of(array) -> int:
+    """Where a CuPy array begins, or a NumPy one (the tests)."""
+    return array.ctypes.data if hasattr(array, "ctypes") else array.data.ptr
 
 
 def check_that(holds: bool, message: str) -> None:

@@ -61,7 +61,7 @@ class OverlappingLauncher(RawKernelLauncher):
         )
         parameters = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
         function = ctypes.c_void_p(self._raw_kernel.kernel.ptr)
-        status = _driver().cuLaunchKernelEx(ctypes.byref(config), function, parameters, None)
+        status = driver().cuLaunchKernelEx(ctypes.byref(config), function, parameters, None)
         if status != 0:
             raise cupy.cuda.driver.CUDADriverError(status)
 
@@ -90,5 +90,6 @@ class _LaunchConfig(ctypes.Structure):  # CUlaunchConfig
 
 
 @functools.cache
-def _driver() -> ctypes.CDLL:
+def driver() -> ctypes.CDLL:
+    """The CUDA driver's library."""
     return ctypes.CDLL("libcuda.so.1")

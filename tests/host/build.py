@@ -1,6 +1,7 @@
 """The kernels on the CPU: cuda_src/*.cu compiled by g++ against include/, run by the runtime beside this file.
 
     set_loader(HostLoader())   # from now on launchers take NumPy arrays
+    set_encoder(encode_tensor_map)
 
 Every access of a kernel is checked (see memory.cpp): out of bounds, races in shared memory, undefined behaviour; so is
 every barrier and shuffle (runtime.cpp). A finding raises HostKernelError with the source line, thread block and thread.
@@ -23,6 +24,7 @@ import numpy as np
 
 from cupaged.kernels.compile import SOURCE_DIR, source_digest
 from cupaged.kernels.launch import overlaps
+from cupaged.kernels.tensor_map import TENSOR_MAP
 
 HOST_DIR = Path(__file__).resolve().parent
 INCLUDE_DIR = HOST_DIR / "include"
@@ -240,6 +242,13 @@ class _Launch(ctypes.Structure):  # state.h
 def _region(array: np.ndarray, writable: bool, name: str) -> _Region:
     begin = array.ctypes.data
     return _Region(begin, begin + array.nbytes, writable, name.encode())
+
+
+def encode_tensor_map(address: int, rows: int, columns: int, dtype: np.dtype, box_rows: int) -> np.ndarray:
+    """What include/ptx_sm90_host.h takes a TensorMap for: an encoder for cupaged.kernels.tensor_map.set_encoder."""
+    encoded = np.zeros((), TENSOR_MAP)
+    encoded["opaque"][:4] = address, rows, columns, box_rows
+    return encoded
 
 
 # -- compiling ------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 // cases.cu: small kernels that try the host build: first what must work, then what must be found.
 #include "common.cuh"
-#include "ptx.cuh"
+#include "ptx_sm90.cuh"
 
 // -- what must work -----------------------------------------------------------------------------------------
 
@@ -114,6 +114,63 @@ __global__ void pipeline(float* out, const float* x, int num_tiles, int num_elem
     const int first = (tile + kStages) * 128 + i * 4;
     if (tile + kStages < num_tiles) cp_async_16(&tiles[tile % kStages][i * 4], x + first, first < num_elements);
     cp_async_commit_group();
+  }
+}
+
+// d [64, 128] = a [64, k] * b [128, k]^T for k of 64 at most: boxes by the copy engine, product of a warpgroup.
+template <typename T>
+__global__ void tensor_product(float* d, const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b) {
+  DYNAMIC_SHARED(memory);
+  T* tiles = reinterpret_cast<T*>(memory + (1024 - shared_address(memory) % 1024) % 1024);  // [64 + 128, 64]
+  auto* full = reinterpret_cast<unsigned long long*>(tiles + 192 * 64);
+  if (threadIdx.x == 0) {
+    mbarrier_init(full, 1);
+    mbarrier_init_fence();
+    mbarrier_arrive_expect_tx(full, 192 * 128);
+    tensor_copy(tiles, a, 0, 0, full);
+    tensor_copy(tiles + 64 * 64, b, 0, 0, full);
+  }
+  __syncthreads();
+  mbarrier_wait(full, 0);
+  float sum[64] = {};
+  wgmma_fence();
+  for (int part = 0; part < 4; ++part)
+    wgmma_ss<T>(sum, wgmma_descriptor(tiles) + 2 * part, wgmma_descriptor(tiles + 64 * 64) + 2 * part);
+  wgmma_commit_group();
+  wgmma_wait_group<0>();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int i = 0; i < 64; ++i)
+    d[(warp * 16 + lane / 4 + i / 2 % 2 * 8) * 128 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sum[i];
+}
+
+enum class EngineFault { kNone, kNoWait, kNoWaitForEmpty, kArrivesEarly, kNeverReads, kBytesMissing };
+
+// out = x + 1 in tiles of 64 floats: the first warp has them brought into a ring of two, the second takes them out.
+template <EngineFault kFault>
+__global__ void engine_ring(float* out, const float* x, int num_tiles) {
+  DYNAMIC_SHARED(memory);
+  float* ring = reinterpret_cast<float*>(memory);                      // [2][64]
+  auto* full = reinterpret_cast<unsigned long long*>(ring + 2 * 64);  // [2]
+  auto* empty = full + 2;                                             // [2]
+  const int lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) mbarrier_init(full + i, 1), mbarrier_init(empty + i, 1);
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  for (int tile = 0; tile < num_tiles; ++tile) {
+    const int slot = tile % 2, round = tile / 2;
+    if (threadIdx.x == 0) {
+      if (tile >= 2 && kFault != EngineFault::kNoWaitForEmpty) mbarrier_wait(empty + slot, (round - 1) % 2);
+      mbarrier_arrive_expect_tx(full + slot, kFault == EngineFault::kBytesMissing ? 512 : 256);
+      bulk_copy(ring + slot * 64, x + tile * 64, 256, full + slot);
+    } else if (threadIdx.x >= 32 && kFault != EngineFault::kNeverReads) {
+      if (kFault != EngineFault::kNoWait) mbarrier_wait(full + slot, round % 2);
+      if (kFault == EngineFault::kArrivesEarly && lane == 0) mbarrier_arrive(empty + slot);
+      for (int i = lane; i < 64; i += 32) out[tile * 64 + i] = ring[slot * 64 + i] + 1;
+      __syncwarp();
+      if (kFault != EngineFault::kArrivesEarly && lane == 0) mbarrier_arrive(empty + slot);
+    }
   }
 }
 

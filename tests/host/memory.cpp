@@ -5,7 +5,9 @@
 //
 // Bounds: an access lies in one array of the launch, in shared memory, on the thread's stack or in constants.
 // Races:  in shared memory, two threads that touch a byte, one of them writing, have a __syncthreads between them, or a
-//         __syncwarp if they are of one warp. Nothing else orders them (a shuffle does not).
+//         __syncwarp if they are of one warp. Nothing else orders them (a shuffle does not), but for what the copy engine
+//         writes: it must have landed at an mbarrier before it is read, and each warp that reads there has arrived at
+//         one before the next copy to that place starts.
 #include <link.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -33,13 +35,20 @@ struct Cell {
   short read_warp, read_lane;   // kSeveral: more than one since that epoch
   bool write_atomic, copying;   // copying: the destination of a cp.async that hasn't landed
   bool unfenced;                // one has landed there, and no fence.proxy.async followed
+  bool transferring;            // copying, by the copy engine
 };
+
+// When (in arrivals of all warps) a warp has last read 16 bytes of shared memory; 0: not since something landed there.
+constexpr int kMaxWarps = 32;
+unsigned num_arrivals;                // at mbarriers and __syncthreads, of the thread block so far, and 1
+unsigned latest_arrivals[kMaxWarps];  // of each warp
 
 struct SharedMemory {
   unsigned char* begin = nullptr;
   unsigned char* end = nullptr;
   const char* name = nullptr;
   std::vector<Cell> cells;
+  std::vector<unsigned> chunk_reads = {};  // [chunks of 16 bytes][kMaxWarps]
 
   bool holds(const unsigned char* p) const { return p >= begin && p < end; }
 };
@@ -95,6 +104,9 @@ void access_shared(SharedMemory& memory, const unsigned char* p, unsigned size, 
   const size_t offset = p - memory.begin;
   for (size_t i = offset; i < offset + size; ++i) {
     Cell& cell = memory.cells[i];
+    if (cell.transferring)
+      fail("race: byte %zu of %s is the destination of a copy by thread number %d that has not landed", i, memory.name,
+           cell.writer);
     if (cell.copying)
       fail("race: byte %zu of %s is the destination of a cp.async by thread number %d that no cp_async_wait_group has "
            "waited for", i, memory.name, cell.writer);
@@ -104,6 +116,7 @@ void access_shared(SharedMemory& memory, const unsigned char* p, unsigned size, 
            cell.write_atomic ? "updated atomically" : "wrote");
     if (kind == Access::kRead) {
       note_read(cell, self);
+      memory.chunk_reads[i / 16 * kMaxWarps + self.warp] = num_arrivals;
       continue;
     }
     if (!read_before(cell, self)) {
@@ -209,7 +222,10 @@ void begin_launch() {
   shared[0].end = shared[0].begin + launch->shared_bytes;
   shared[1].begin = launch->static_begin;
   shared[1].end = launch->static_end;
-  for (SharedMemory& memory : shared) memory.cells.assign(memory.end - memory.begin, Cell{});
+  for (SharedMemory& memory : shared) {
+    memory.cells.assign(memory.end - memory.begin, Cell{});
+    memory.chunk_reads.assign((memory.cells.size() + 15) / 16 * kMaxWarps, 0);
+  }
   if (__asan_poison_memory_region) {  // it knows where heap arrays end; this array it doesn't
     __asan_unpoison_memory_region(dynamic_memory, sizeof dynamic_memory);
     __asan_poison_memory_region(shared[0].end, dynamic_memory + sizeof dynamic_memory - shared[0].end);
@@ -225,6 +241,7 @@ void begin_launch() {
 }
 
 void begin_block() {
+  note_barrier();
   for (SharedMemory& memory : shared) memset(memory.begin, 0xff, memory.end - memory.begin);  // NaN in every type
 }
 
@@ -243,6 +260,50 @@ void end_copy(void* dst) {
   for (int i = 0; i < 16; ++i) cell_of(dst, i).unfenced = true;
 }
 
+void begin_transfer(void* dst, const Thread& self, Site site) {
+  auto* p = static_cast<unsigned char*>(dst);
+  SharedMemory& memory = shared[0];
+  if (!memory.holds(p) || p + 16 > memory.end)
+    fail("%s:%d: the destination of the copy is not in dynamic shared memory", site.file, site.line);
+  const size_t offset = p - memory.begin;
+  for (size_t i = offset; i < offset + 16; ++i) {
+    Cell& cell = memory.cells[i];
+    if (cell.copying) fail("race: the copy overwrites byte %zu of %s, where another has not landed", i, memory.name);
+    if (!ordered(cell, self))
+      fail("race: the copy overwrites byte %zu of %s, which thread number %d wrote with no barrier between", i,
+           memory.name, cell.writer);
+  }
+  for (int warp = 0; warp < kMaxWarps; ++warp) {
+    const unsigned read = memory.chunk_reads[offset / 16 * kMaxWarps + warp];
+    if (warp != self.warp && read != 0 && latest_arrivals[warp] <= read)
+      fail("race: the copy overwrites byte %zu of %s, which warp %d has read and not arrived anywhere since", offset,
+           memory.name, warp);
+  }
+  memset(dst, 0xff, 16);
+  for (size_t i = offset; i < offset + 16; ++i) {
+    memory.cells[i] = Cell{};
+    memory.cells[i].writer = short(self.number);
+    memory.cells[i].copying = memory.cells[i].transferring = true;
+  }
+}
+
+void end_transfer(void* dst) {
+  drop_transfer(dst);
+  const size_t offset = static_cast<unsigned char*>(dst) - shared[0].begin;
+  std::fill_n(shared[0].chunk_reads.begin() + offset / 16 * kMaxWarps, kMaxWarps, 0u);
+}
+
+void drop_transfer(void* dst) {
+  for (int i = 0; i < 16; ++i) cell_of(dst, i) = Cell{};
+}
+
+void note_arrival(int warp) { latest_arrivals[warp] = ++num_arrivals; }
+
+void note_barrier() {
+  ++num_arrivals;
+  std::fill_n(latest_arrivals, kMaxWarps, num_arrivals);
+}
+
 void fence_copy(void* dst) {
   for (int i = 0; i < 16; ++i) cell_of(dst, i).unfenced = false;
 }
@@ -257,7 +318,7 @@ const unsigned char* async_read(unsigned address) {
   if (offset + 16 > memory.cells.size()) fail("out of bounds: wgmma reads at offset %u of %s", offset, memory.name);
   for (unsigned i = offset; i < offset + 16; ++i) {
     const Cell& cell = memory.cells[i];
-    if (cell.copying) fail("race: wgmma reads byte %u of %s, where a cp.async has not landed", i, memory.name);
+    if (cell.copying) fail("race: wgmma reads byte %u of %s, where a copy has not landed", i, memory.name);
     if (cell.unfenced)
       fail("race: wgmma reads byte %u of %s, which thread number %d filled by cp.async with no fence.proxy.async", i,
            memory.name, cell.writer);

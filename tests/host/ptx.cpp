@@ -124,8 +124,20 @@ namespace {
 
 // What the eight bytes of an mbarrier hold.
 struct Mbarrier {
-  unsigned long long missing : 20, expected : 20, phase : 24;  // arrivals of this phase, of each phase; phases completed
+  unsigned long long missing : 11, expected : 11;  // arrivals: of this phase, of each phase
+  signed long long num_bytes : 26;                 // that this phase waits for
+  unsigned long long phase : 16;                   // phases completed
 };
+static_assert(sizeof(Mbarrier) == 8, "as large as the real one");
+
+// Store what an arrival, or bytes that have come, have changed.
+void update(void* barrier, Mbarrier value) {
+  if (value.missing == 0 && value.num_bytes == 0) {
+    value.missing = value.expected;
+    value.phase = value.phase + 1;
+  }
+  memcpy(barrier, &value, sizeof value);
+}
 
 Mbarrier load_mbarrier(const void* barrier) {
   Mbarrier value;
@@ -141,21 +153,22 @@ void mbarrier_init(void* barrier, int num_arrivals) {
   ENTER();
   if (uintptr_t(barrier) % 8) fail("mbarrier.init: the barrier is not 8-byte aligned");
   access(barrier, sizeof(Mbarrier), Access::kWrite);
-  const Mbarrier value{unsigned(num_arrivals), unsigned(num_arrivals), 0};
+  const Mbarrier value{unsigned(num_arrivals), unsigned(num_arrivals), 0, 0};
   memcpy(barrier, &value, sizeof value);
 }
 
+void mbarrier_arrive(void* barrier) { mbarrier_arrive_expect_tx(barrier, 0); }
+
 // Half of the times all others run first for as long as they can: what follows an arrival may come late.
-void mbarrier_arrive(void* barrier) {
+void mbarrier_arrive_expect_tx(void* barrier, int num_bytes) {
   ENTER();
   access(barrier, sizeof(Mbarrier), Access::kRead);
   Mbarrier value = load_mbarrier(barrier);
+  if (value.missing == 0) fail("mbarrier.arrive: all arrivals of this phase have come");
   value.missing = value.missing - 1;
-  if (value.missing == 0) {
-    value.missing = value.expected;
-    value.phase = value.phase + 1;
-  }
-  memcpy(barrier, &value, sizeof value);
+  value.num_bytes = value.num_bytes + num_bytes;
+  update(barrier, value);
+  note_arrival(current->warp);
   if (coin()) wait_for_others(State::kDelayed);
 }
 
@@ -167,6 +180,64 @@ void mbarrier_wait(void* barrier, int parity, Site site) {
   current->parity = parity;
   current->site = site;
   wait_for_others(State::kAtMbarrier);
+}
+
+namespace {
+
+void start_transfers(const char* name, std::vector<Transfer> transfers, void* barrier, Site site) {
+  access(barrier, sizeof(Mbarrier), Access::kRead);
+  for (const Transfer& transfer : transfers) begin_transfer(transfer.dst, *current, site);
+  const int num_bytes = 16 * int(transfers.size());
+  if (num_bytes == 0) fail("%s:%d: %s: of no bytes", site.file, site.line, name);
+  engine_copies.push_back({std::move(transfers), barrier, num_bytes, current, site});
+}
+
+}  // namespace
+
+void bulk_copy(void* dst, const void* src, int num_bytes, void* barrier, Site site) {
+  ENTER();
+  if (uintptr_t(dst) % 16 || uintptr_t(src) % 16 || num_bytes % 16)
+    fail("%s:%d: bulk_copy: both ends and the size must be multiples of 16 bytes", site.file, site.line);
+  access(src, unsigned(num_bytes), Access::kRead);
+  std::vector<Transfer> transfers;
+  for (int i = 0; i < num_bytes; i += 16)
+    transfers.push_back({static_cast<unsigned char*>(dst) + i, static_cast<const unsigned char*>(src) + i});
+  start_transfers("bulk_copy", std::move(transfers), barrier, site);
+}
+
+void bulk_prefetch_l2(const void* src, int num_bytes) {
+  ENTER();
+  if (uintptr_t(src) % 16 || num_bytes % 16) fail("bulk_prefetch_l2: must be of multiples of 16 bytes");
+  access(src, unsigned(num_bytes), Access::kRead);
+}
+
+void tensor_copy(void* dst, const unsigned char* src, int rows, int columns, int box_rows, int column, int row,
+                 void* barrier, Site site) {
+  ENTER();
+  if (shared_address(dst) % 1024)
+    fail("%s:%d: tensor_copy: the destination is no multiple of 1024 bytes", site.file, site.line);
+  std::vector<Transfer> transfers;
+  for (int i = 0; i < box_rows; ++i)
+    for (int chunk = 0; chunk < 8; ++chunk) {
+      const int r = row + i, c = column + 8 * chunk;
+      const bool inside = r >= 0 && r < rows && c >= 0 && c < columns;
+      transfers.push_back({static_cast<unsigned char*>(dst) + i * 128 + (chunk ^ i % 8) * 16,
+                           inside ? src + 2 * ((long long)r * columns + c) : nullptr});
+    }
+  start_transfers("tensor_copy", std::move(transfers), barrier, site);
+}
+
+void land(const EngineCopy& copy) {
+  for (const Transfer& transfer : copy.transfers) {
+    if (transfer.src)
+      memcpy(transfer.dst, transfer.src, 16);
+    else
+      memset(transfer.dst, 0, 16);
+    end_transfer(transfer.dst);
+  }
+  Mbarrier value = load_mbarrier(copy.barrier);
+  value.num_bytes = value.num_bytes - copy.num_bytes;
+  update(copy.barrier, value);
 }
 
 void fence_proxy_async() {

@@ -24,6 +24,7 @@ namespace host {
 Thread* current;
 Launch* launch;
 unsigned block_epoch;
+std::vector<EngineCopy> engine_copies;
 
 namespace {
 
@@ -245,6 +246,7 @@ bool complete_barrier() {
     threads[i]->state = State::kRunnable;
   }
   ++block_epoch;
+  note_barrier();
   return true;
 }
 
@@ -267,13 +269,28 @@ bool complete_mbarriers() {
   });
 }
 
+// One copy of the engine lands, in any order.
+bool land_copy() {
+  if (engine_copies.empty()) return false;
+  const size_t i = launch->seed ? random() % engine_copies.size() : 0;
+  land(engine_copies[i]);
+  engine_copies.erase(engine_copies.begin() + i);
+  return true;
+}
+
 bool resume_delayed() {
   return resume(State::kDelayed, [](const Thread&) { return true; });
+}
+
+bool waits_at_mbarrier() {
+  return std::any_of(threads.begin(), threads.begin() + num_threads,
+                     [](const auto& thread) { return thread->state == State::kAtMbarrier; });
 }
 
 void run_block() {
   ++block_epoch;
   uses_mbarriers = false;
+  engine_copies.clear();
   begin_block();
   for (int i = 0; i < num_threads; ++i) {
     Thread& thread = *threads[i];
@@ -299,15 +316,23 @@ void run_block() {
       skipped |= skip;
       if (!failed && !skip) run_warp(int(warp));
     }
-  } while (!failed && (complete_barrier() || complete_mbarriers() || skipped || resume_delayed()));
+  } while (!failed && (complete_barrier() || complete_mbarriers() || skipped || resume_delayed() ||
+                       (waits_at_mbarrier() && land_copy())));
   for (int i = 0; i < num_threads; ++i)
     for (const Copy& copy : threads[i]->copies) drop_copy(copy.dst);
+  for (const EngineCopy& copy : engine_copies)
+    for (const Transfer& transfer : copy.transfers) drop_transfer(transfer.dst);
   if (failed) return;
   for (int i = 0; i < num_threads; ++i)
     if (threads[i]->state != State::kExited) return diagnose_deadlock();
   for (int i = 0; i < num_threads; ++i)
     if (launch->overlaps && !threads[i]->has_waited)
       return report(*threads[i], "exits without griddepcontrol_wait: the kernel before this one may still run");
+  if (!engine_copies.empty()) {
+    const EngineCopy& copy = engine_copies[0];
+    return report(*copy.thread, "%s:%d: the thread block exits before this copy has been waited for", copy.site.file,
+                  copy.site.line);
+  }
   for (int i = 0; i < num_threads; ++i)
     if (!threads[i]->products.empty()) {
       const Site site = threads[i]->products[0].site;

@@ -34,12 +34,29 @@ struct Launch {
   char error[4096];       // out: why, or empty
 };
 
+struct Thread;
+
 // A cp.async that has not landed.
 struct Copy {
   unsigned char* dst;
   const unsigned char* src;
   bool valid;
   int group;  // the number of its commit group, counted from the thread's start
+};
+
+// 16 bytes on their way by the copy engine.
+struct Transfer {
+  unsigned char* dst;
+  const unsigned char* src;  // null: zeros
+};
+
+// A copy by the engine that has not landed. It lands when no thread can go on without it.
+struct EngineCopy {
+  std::vector<Transfer> transfers;
+  void* barrier;
+  int num_bytes;
+  Thread* thread;  // that started it
+  Site site;
 };
 
 // A wgmma that has not been waited for. It reads its operands when it must have done so, and no earlier.
@@ -93,6 +110,8 @@ struct Thread {
   int max_pending;         // of these, at the wait that it is in
 };
 
+extern std::vector<EngineCopy> engine_copies;  // of the thread block, under way
+
 extern Thread* current;    // null outside of a launch
 extern Launch* launch;     // null outside of a launch
 extern unsigned block_epoch;  // grows with each thread block and each of its barriers
@@ -106,6 +125,11 @@ void begin_block();   // poisons shared memory
 void begin_copy(void* dst, const void* src, bool valid);  // an asynchronous write of 16 bytes: not readable yet
 void end_copy(void* dst);                                 // it has landed
 void drop_copy(void* dst);                                // it never will: its thread has exited
+void begin_transfer(void* dst, const Thread& self, Site site);  // the same by the copy engine
+void end_transfer(void* dst);                                   // its bytes are visible to all who waited for them
+void drop_transfer(void* dst);
+void note_arrival(int warp);  // at an mbarrier: what the warp has read so far may be overwritten by who waits for it
+void note_barrier();          // the same of all warps
 void fence_copy(void* dst);                               // wgmma may read what has landed
 const unsigned char* async_read(unsigned address);        // 16 bytes of shared memory, as wgmma reads them
 
@@ -114,6 +138,7 @@ const unsigned char* async_read(unsigned address);        // 16 bytes of shared 
 bool coin();  // drawn from the launch's seed
 void wait_for_others(State state);  // until the scheduler makes the running thread runnable again
 bool mbarrier_is_past(const void* barrier, int parity);  // ptx.cpp: whether that phase has completed
+void land(const EngineCopy& copy);                       // ptx.cpp: its bytes are there, and count at its barrier
 
 }  // namespace host
 

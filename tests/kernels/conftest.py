@@ -14,7 +14,8 @@ from cupaged.backends import cuda
 from cupaged.backends.cuda import probe
 from cupaged.kernels.compile import SOURCE_DIR, load_from_cubin, set_loader
 from cupaged.kernels.device import device_info, set_device_info
-from host.build import HostLoader, address_sanitizer_is_loaded, find_compiler
+from cupaged.kernels.tensor_map import encode_by_driver, set_encoder
+from host.build import HostLoader, address_sanitizer_is_loaded, encode_tensor_map, find_compiler
 from kernel_tools import GpuRunner, HostRunner
 
 
@@ -74,8 +75,10 @@ def runner(request):
         zlib.crc32(request.node.nodeid.encode()) if seed is None else int(seed),
     )
     set_loader(loader)
+    set_encoder(encode_tensor_map)
     yield HostRunner(loader)
     set_loader(load_from_cubin)
+    set_encoder(encode_by_driver)
 
 
 @pytest.fixture(params=[NumpyDevice, CupyArraysDevice])

@@ -13,7 +13,7 @@ import pytest
 
 from cupaged.kernels.checks import BFLOAT16, C_TYPE, FLOAT16
 from cupaged.kernels.compile import NULL
-from host.build import HOST_DIR, HostKernelError, HostLoader, find_compiler, known_flags
+from host.build import HOST_DIR, HostKernelError, HostLoader, encode_tensor_map, find_compiler, known_flags
 from kernel_tools import IMPOSSIBLE_BLOCK_ID, HostRunner, PagedCache, assert_close, is_poison, poisoned
 
 CASES = HOST_DIR / "cases.cu"
@@ -110,6 +110,47 @@ def test_an_asynchronous_copy_reads_its_source_at_the_wait(load):
     out, x = np.zeros(1, np.float32), np.ones(4, np.float32)
     load("late_copy")((1,), (1,), (out, x))
     assert out == 7
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+@pytest.mark.parametrize(("rows", "k"), [(128, 64), (100, 40)])  # (100, 40): boxes reach over both edges
+def test_tensor_copies_bring_what_wgmma_wants(load, dtype, rows, k, rng):
+    a, b = rng.standard_normal((64, k)).astype(dtype), rng.standard_normal((rows, k)).astype(dtype)
+    d = poisoned((64, 128), np.float32)
+    maps = (encode_tensor_map(x.ctypes.data, *x.shape, dtype, box) for x, box in ((a, 64), (b, 128)))
+    load(f"tensor_product<{C_TYPE[dtype]}>")((1,), (128,), (d, *maps), shared_mem=1024 + 192 * 128 + 8)
+    expected = np.zeros((64, 128))
+    expected[:, :rows] = a.astype(np.float64) @ b.astype(np.float64).T
+    assert_close(d, expected, rtol=4 * 2.0**-24, atol=1e-5)
+
+
+def run_engine_ring(compiler, fault, seed):
+    x, out = np.arange(5 * 64, dtype=np.float32), poisoned(5 * 64, np.float32)
+    kernel = HostLoader(HOST_DIR, seed)("cases.cu", f"engine_ring<EngineFault::{fault}>")
+    kernel((1,), (64,), (out, x, np.int32(5)), shared_mem=2 * 256 + 32)
+    return out
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_ring_filled_by_the_copy_engine(compiler, seed):
+    np.testing.assert_array_equal(run_engine_ring(compiler, "kNone", seed), np.arange(5 * 64) + 1)
+
+
+@pytest.mark.watcher
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("kNoWait", "is the destination of a copy by thread number 0 that has not landed|copy overwrites"),
+        ("kNoWaitForEmpty", "all arrivals of this phase have come|the copy overwrites byte .* another has not landed"),
+        ("kArrivesEarly", "which warp 1 has read and not arrived anywhere since|a copy by .* that has not landed"),
+        ("kNeverReads", "nobody is left to complete the phase"),
+        ("kBytesMissing", "nobody is left to complete the phase"),
+    ],
+)
+def test_a_wrong_ring_filled_by_the_copy_engine_is_found(compiler, fault, message, seed):
+    with pytest.raises(HostKernelError, match=message):
+        run_engine_ring(compiler, fault, seed)
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)

@@ -88,7 +88,7 @@ def driver(monkeypatch):
     sizes = []
     cupy = pytest.importorskip("cupy")
     monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda: SimpleNamespace(ptr=77))
-    monkeypatch.setattr(launch, "_driver", lambda: SimpleNamespace(cuLaunchKernelEx=launch_kernel))
+    monkeypatch.setattr(launch, "driver", lambda: SimpleNamespace(cuLaunchKernelEx=launch_kernel))
     return calls, sizes
 
 
@@ -123,7 +123,7 @@ def test_a_launch_that_the_driver_refuses_is_an_error(driver, monkeypatch):
         pass
 
     monkeypatch.setattr(cupy.cuda.driver, "CUDADriverError", CUDADriverError)
-    monkeypatch.setattr(launch, "_driver", lambda: SimpleNamespace(cuLaunchKernelEx=lambda *_: 701))
+    monkeypatch.setattr(launch, "driver", lambda: SimpleNamespace(cuLaunchKernelEx=lambda *_: 701))
     with pytest.raises(CUDADriverError, match="701"):
         OverlappingLauncher(raw_kernel(1))((1,), (32,), ())
 

@@ -8,9 +8,30 @@ inline unsigned shared_address(const void* p) { return host::shared_address(p); 
 
 inline void mbarrier_init(unsigned long long* barrier, int num_arrivals) { host::mbarrier_init(barrier, num_arrivals); }
 inline void mbarrier_arrive(unsigned long long* barrier) { host::mbarrier_arrive(barrier); }
+inline void mbarrier_arrive_expect_tx(unsigned long long* barrier, int num_bytes) {
+  host::mbarrier_arrive_expect_tx(barrier, num_bytes);
+}
+inline void mbarrier_init_fence() {}
 inline void mbarrier_wait(unsigned long long* barrier, int parity, host::Site site = host::Site::here()) {
   host::mbarrier_wait(barrier, parity, site);
 }
+
+inline void bulk_copy(void* dst, const void* src, int num_bytes, unsigned long long* barrier,
+                      host::Site site = host::Site::here()) {
+  host::bulk_copy(dst, src, num_bytes, barrier, site);
+}
+inline void bulk_prefetch_l2(const void* src, int num_bytes) { host::bulk_prefetch_l2(src, num_bytes); }
+
+// Made by encode_tensor_map in build.py: address, rows, columns and rows of a box.
+struct alignas(64) TensorMap {
+  unsigned long long opaque[16];
+};
+inline void tensor_copy(void* dst, const TensorMap& map, int column, int row, unsigned long long* barrier,
+                        host::Site site = host::Site::here()) {
+  const auto* src = reinterpret_cast<const unsigned char*>(map.opaque[0]);
+  host::tensor_copy(dst, src, int(map.opaque[1]), int(map.opaque[2]), int(map.opaque[3]), column, row, barrier, site);
+}
+inline void tensor_prefetch(const TensorMap&) {}
 
 inline void fence_proxy_async() { host::fence_proxy_async(); }
 inline void wgmma_fence(host::Site site = host::Site::here()) { host::converge("wgmma_fence", site); }

@@ -62,7 +62,13 @@ void griddepcontrol_wait();
 unsigned shared_address(const void* p);
 void mbarrier_init(void* barrier, int num_arrivals);
 void mbarrier_arrive(void* barrier);
+void mbarrier_arrive_expect_tx(void* barrier, int num_bytes);
 void mbarrier_wait(void* barrier, int parity, Site site);
+void bulk_copy(void* dst, const void* src, int num_bytes, void* barrier, Site site);
+void bulk_prefetch_l2(const void* src, int num_bytes);
+// From a matrix [rows, columns] of 16-bit elements at src: box_rows rows of 64.
+void tensor_copy(void* dst, const unsigned char* src, int rows, int columns, int box_rows, int column, int row,
+                 void* barrier, Site site);
 void fence_proxy_async();
 // a: a descriptor, or registers; b: a descriptor.
 void wgmma_ss(HalfType type, float* d, int n, unsigned long long a, unsigned long long b, bool accumulate, Site site);
