@@ -39,20 +39,14 @@ __device__ __forceinline__ bool mbarrier_try_wait(unsigned long long* barrier, i
   return done != 0;
 }
 
-__device__ __forceinline__ unsigned long long nanoseconds() {
-  unsigned long long time;
-  asm volatile("mov.u64 %0, %globaltimer;\n" : "=l"(time));
-  return time;
-}
-
 // Wait until the phase of this parity has completed. The phase under way must be that one or the one after it. A wait of
-// 20 seconds ends the launch with an error: an arrival was lost, and a GPU that hangs is worse. The error is that of an
+// some 20 seconds ends the launch with an error: an arrival was lost, and a GPU that hangs is worse. The error is that of an
 // illegal address, as a trap here makes the compiler serialize wgmma.
 __device__ __forceinline__ void mbarrier_wait(unsigned long long* barrier, int parity) {
   if (mbarrier_try_wait(barrier, parity)) return;
-  const unsigned long long start = nanoseconds();
+  const long long start = clock64();
   while (!mbarrier_try_wait(barrier, parity))
-    if (nanoseconds() - start > 20000000000ull) asm volatile("st.global.u32 [%0], 0;\n" ::"l"(0ull) : "memory");
+    if (clock64() - start > 40000000000ll) asm volatile("st.global.u32 [%0], 0;\n" ::"l"(0ull) : "memory");
 }
 
 // -- the copy engine ----------------------------------------------------------------------------------------
