@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from cupaged.benchmark.kernel_timing import GraphTimer, measure_ceilings
 from cupaged.config import ModelConfig
 from cupaged.errors import CupagedError
 from cupaged.kernels.checks import BFLOAT16, ceil_div
+from cupaged.kernels.paged_kv import CHUNK_SIZE, chunk_places
 from cupaged.memory.arena import KVArena, KVLayout
 from cupaged.weights.dummy import read_config
 
@@ -200,7 +202,7 @@ def as_torch(torch, array: Array):
 def compare_attention(
     backend: Backend, model: ModelConfig, timer, rivals: dict, num_seqs: int, length: int, query_len: int
 ) -> dict:
-    """Everybody reads the same cache: one slab, block ids shuffled."""
+    """Everybody reads the same cache: one slab, block ids shuffled; its rows are made plain after our own turn."""
     num_heads, num_kv_heads, head_dim = model.num_heads, model.num_kv_heads, model.head_dim
     num_tokens, q_size = num_seqs * query_len, num_heads * head_dim
     kv_bytes = 2 * 2 * num_kv_heads * head_dim * num_seqs * length
@@ -221,16 +223,24 @@ def compare_attention(
     def launch(i: int) -> None:
         backend.paged_attention(out, qkv, arena, i % num_layers, batch, num_heads, model.sm_scale)
 
-    others: list[Rival] = []
-    if (torch := rivals["torch"]) is not None:
+    def others() -> Iterator[Rival]:
+        flashinfer, interface = rivals["flashinfer"], rivals["flash_attn_interface"]
+        if (torch := rivals["torch"]) is None or (flashinfer is None and interface is None):
+            return
         q = as_torch(torch, qkv)[:, :q_size].reshape(num_tokens, num_heads, head_dim).contiguous()
         slab = as_torch(torch, arena.slabs[0])
         layers = [(slab[i, 0], slab[i, 1]) for i in range(num_layers)]  # K, V: [blocks, kv heads, block size, head_dim]
+        places = torch.from_numpy(chunk_places(BLOCK_SIZE, head_dim)).to(slab.device)
+        for stored in itertools.chain.from_iterable(layers):
+            chunks = stored.reshape(*stored.shape[:2], -1, CHUNK_SIZE)
+            stored.copy_(chunks[:, :, places].reshape(stored.shape))
+        torch.cuda.current_stream().synchronize()
         sizes = (model, num_seqs, length, query_len)
-        if (flashinfer := rivals["flashinfer"]) is not None:
-            others += flashinfer_rivals(torch, flashinfer, q, layers, block_tables, *sizes)
-        if (interface := rivals["flash_attn_interface"]) is not None:
-            others.append(flash_attention_3(torch, interface, q, layers, block_tables, *sizes))
+        if flashinfer is not None:
+            yield from flashinfer_rivals(torch, flashinfer, q, layers, block_tables, *sizes)
+        if interface is not None:
+            yield flash_attention_3(torch, interface, q, layers, block_tables, *sizes)
+
     num_keys = num_seqs * sum(range(length - query_len + 1, length + 1))
     return row(
         timer,
@@ -240,7 +250,7 @@ def compare_attention(
         4 * num_keys * q_size,
         num_layers,
         ("ours", launch, lambda: backend.to_host(out)),
-        others,
+        others(),
     )
 
 

@@ -105,30 +105,34 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
                   qkv + (token * (num_heads + 2 * kv.num_kv_heads) + head) * kHeadDim + chunk * 8,
                   source == first_row + row);
     }
-    // Each thread looks up one row of a tile, once for its keys and values; then a warp copies the rows of its lanes, which
-    // hand their addresses around. Rows outside of the range become zeros and are not read, as in PagedRows::copy.
+    // Each thread looks up the block of one row of a tile, once for its keys and values; then a warp copies the rows of its
+    // lanes, which hand these addresses around. Rows outside of the range become zeros and are not read, as in
+    // PagedRows::copy.
     const int lane = threadIdx.x % kWarpSize;
     const int warp_row = threadIdx.x - lane;
-    const scalar_t* row_start = nullptr;
+    const int block_size = 1 << block_shift;
+    const scalar_t* lane_block = nullptr;
     unsigned valid_rows = 0;
     for (int fill = 0; fill < num_fills; ++fill) {
       if (fill % 2 == 0) {
         const int key = first_key + fill / 2 * kKeys + threadIdx.x;
         const int source = min(max(key, rows.begin), rows.end - 1);  // a row that exists
-        row_start = kv.row<scalar_t, kHeadDim>(kv.k_offset, rows.block_table[source >> block_shift], kv_head,
-                                               block_shift, source & ((1 << block_shift) - 1));
+        lane_block = kv.block<scalar_t, kHeadDim>(kv.k_offset, rows.block_table[source >> block_shift], kv_head,
+                                                  block_size);
         valid_rows = __ballot_sync(kFullMask, key == source);
       } else {
-        row_start += kv.v_offset - kv.k_offset;
+        lane_block += kv.v_offset - kv.k_offset;
       }
       if (fill >= kSlots) mbarrier_wait(empty + fill % kSlots, (fill / kSlots - 1) % 2);
       scalar_t* tile = ring + fill % kSlots * kTileSize;
 #pragma unroll 4
       for (int i = lane; i < kWarpSize * TileLayout::kChunks; i += kWarpSize) {
         const int row = i / TileLayout::kChunks, chunk = i % TileLayout::kChunks;
-        const auto source = reinterpret_cast<const scalar_t*>(
-            __shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(row_start), row));
-        cp_async_16(tile + TileLayout::offset(warp_row + row, chunk), source + chunk * 8, valid_rows >> row & 1);
+        const auto block = reinterpret_cast<const scalar_t*>(
+            __shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(lane_block), row));
+        // A tile begins with a block, so that its rows are also counted within theirs.
+        const int offset = chunk_offset<kHeadDim>((warp_row + row) & (block_size - 1), chunk, block_size);
+        cp_async_16(tile + TileLayout::offset(warp_row + row, chunk), block + offset, valid_rows >> row & 1);
       }
       cp_async_commit_group();
       if (fill >= kLag) {

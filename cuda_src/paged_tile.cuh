@@ -41,6 +41,7 @@ struct PagedRows {
   __device__ __forceinline__ void copy(scalar_t* tile, long long part,  // kv.k_offset or kv.v_offset
                                        int first) const {
     constexpr int kCopies = kKeys * Layout::kChunks;
+    const int block_size = 1 << block_shift;
     static_assert(kCopies % kNumThreads == 0, "each thread copies the same number of chunks of a tile");
 #pragma unroll 4
     for (int i = 0; i < kCopies / kNumThreads; ++i) {
@@ -48,9 +49,10 @@ struct PagedRows {
       const int row = copy / Layout::kChunks, chunk = copy % Layout::kChunks;
       const int key = first + row;
       const int source = min(max(key, begin), end - 1);  // a row that exists: its address is good, if unused
-      const scalar_t* src = kv.row<scalar_t, Layout::kChunks * 8>(part, block_table[source >> block_shift], kv_head,
-                                                                  block_shift, source & ((1 << block_shift) - 1));
-      cp_async_16(tile + Layout::offset(row, chunk), src + chunk * 8, key == source);
+      const scalar_t* block =
+          kv.block<scalar_t, Layout::kChunks * 8>(part, block_table[source >> block_shift], kv_head, block_size);
+      const int offset = chunk_offset<Layout::kChunks * 8>(source & (block_size - 1), chunk, block_size);
+      cp_async_16(tile + Layout::offset(row, chunk), block + offset, key == source);
     }
   }
 };

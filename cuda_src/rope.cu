@@ -90,16 +90,16 @@ rope_and_store_kv(scalar_t* __restrict__ qkv,               // [gridDim.x, num_h
     }
   }
 
-  scalar_t* dst = x;
+  scalar_t *dst_a = x + i, *dst_b = x + k;
   if (!is_query) {
     const int slot = slot_mapping[token];
     if (slot < 0) return;
-    const int block_id = slot / kBlockSize;
     const int kv_head = head - num_heads - (is_value ? kv.num_kv_heads : 0);
-    scalar_t* block = is_value ? kv.values<scalar_t, kBlockSize, kHeadDim>(block_id, kv_head)
-                               : kv.keys<scalar_t, kBlockSize, kHeadDim>(block_id, kv_head);
-    dst = block + (slot % kBlockSize) * kHeadDim;
+    scalar_t* block = kv.block<scalar_t, kHeadDim>(is_value ? kv.v_offset : kv.k_offset, slot / kBlockSize, kv_head,
+                                                   kBlockSize);
+    dst_a = block + chunk_offset<kHeadDim>(slot % kBlockSize, i / 8, kBlockSize);
+    dst_b = block + chunk_offset<kHeadDim>(slot % kBlockSize, k / 8, kBlockSize);
   }
-  store_float8(dst + i, a);
-  store_float8(dst + k, b);
+  store_float8(dst_a, a);
+  store_float8(dst_b, b);
 }

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32
+from cupaged.kernels.paged_kv import CHUNK_SIZE, chunk_places
 from cupaged.memory.arena import KVArena, KVLayout
 from host.build import HostLoader
 
@@ -128,6 +129,20 @@ def is_poison(array: np.ndarray) -> np.ndarray:
     return (array.reshape(-1).view(np.uint8).reshape(*array.shape, array.itemsize) == 0xFF).all(axis=-1)
 
 
+def plain_rows(stored: np.ndarray) -> np.ndarray:
+    """Blocks [..., block_size, head_dim] as kernels store them, with their rows in plain order."""
+    chunks = stored.reshape(*stored.shape[:-2], -1, CHUNK_SIZE)
+    return chunks[..., chunk_places(*stored.shape[-2:]), :].reshape(stored.shape)
+
+
+def stored_rows(plain: np.ndarray) -> np.ndarray:
+    """Blocks [..., block_size, head_dim] of plain rows as kernels store them."""
+    places = chunk_places(*plain.shape[-2:])
+    chunks = np.empty((*plain.shape[:-2], places.size, CHUNK_SIZE), plain.dtype)
+    chunks[..., places, :] = plain.reshape(*plain.shape[:-2], *places.shape, CHUNK_SIZE)
+    return chunks.reshape(plain.shape)
+
+
 class PagedCache:
     """A small KVArena with sequences in it, laid out to show mistakes: blocks shuffled over all slabs, NaN in every
     slot and layer that is not used, IMPOSSIBLE_BLOCK_ID in the tables where a sequence has no more blocks.
@@ -190,8 +205,8 @@ class PagedCache:
         return bool(poison.all())
 
     def _blocks(self) -> np.ndarray:
-        """[num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim], all slabs side by side."""
-        return np.concatenate([self._runner.host(slab) for slab in self.arena.slabs], axis=2)
+        """[num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim], all slabs side by side, their rows plain."""
+        return plain_rows(np.concatenate([self._runner.host(slab) for slab in self.arena.slabs], axis=2))
 
     def _fill(self, rng: np.random.Generator) -> None:
         layout = self.arena.layout
@@ -207,7 +222,8 @@ class PagedCache:
             place = slots // layout.block_size, slice(None), slots % layout.block_size
             blocks[self.layer, 0][place] = parts[0]
             blocks[self.layer, 1][place] = parts[1]
-        for slab, part in zip(self.arena.slabs, np.split(blocks, len(self.arena.slabs), axis=2), strict=True):
+        parts = np.split(stored_rows(blocks), len(self.arena.slabs), axis=2)
+        for slab, part in zip(self.arena.slabs, parts, strict=True):
             self._runner.copy_in(slab, np.ascontiguousarray(part))
 
 

@@ -1,10 +1,13 @@
-"""The struct that hands one layer of the KV cache to a kernel; its twin is in cuda_src/paged_kv.cuh."""
+"""The KV cache as kernels have it: the struct that hands them a layer, and the order of a block. Twins are in
+cuda_src/paged_kv.cuh."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from cupaged.memory.arena import KVArena
+
+CHUNK_SIZE = 8  # elements that stay together: 16 bytes
 
 PAGED_KV = np.dtype(
     [
@@ -30,3 +33,15 @@ def paged_kv(arena: KVArena, layer: int) -> np.ndarray:
         ),
         dtype=PAGED_KV,
     )
+
+
+def chunk_places(block_size: int, head_dim: int) -> np.ndarray:
+    """[block_size, head_dim / 8]: where the kernels put the chunks of 8 elements of what a block holds of one head.
+
+    `block.reshape(..., -1, 8)[..., places, :]` are the plain rows of a block [..., block_size, head_dim], in a NumPy or
+    CuPy array or a torch tensor. The NumPy backend's blocks are plain rows as they are.
+    """
+    row, chunk = np.ogrid[:block_size, : head_dim // CHUNK_SIZE]
+    if head_dim % 64:
+        return row * (head_dim // CHUNK_SIZE) + chunk
+    return (chunk // 8 * block_size + row) * 8 + (chunk % 8 ^ row % 8)

@@ -22,7 +22,8 @@ GROW_RETRY_SECONDS = 1.0
 class KVLayout:
     """The shape of the cache. A slab is one array
     [num_layers, 2 (K, V), blocks_per_slab, num_kv_heads, block_size, head_dim]:
-    the block_size tokens of one head in one block are one contiguous run.
+    the block_size tokens of one head in one block are one contiguous run. In what order the CUDA kernels keep it is
+    their own business (`chunk_places` in kernels/paged_kv.py).
     """
 
     num_layers: int

@@ -380,8 +380,8 @@ MUTATIONS = (
     ),
     Mutation(
         INDEX, "paged_tile.cuh", "no key is taken from the last place of a block",
-        "source & ((1 << block_shift) - 1)",
-        "min(source & ((1 << block_shift) - 1), (1 << block_shift) - 2)",
+        "source & (block_size - 1)",
+        "min(source & (block_size - 1), block_size - 2)",
         DECODE,
     ),
     Mutation(
@@ -392,20 +392,26 @@ MUTATIONS = (
     ),
     Mutation(
         INDEX, "paged_kv.cuh", "every head writes to head 0",
-        "((long long)index * num_kv_heads + kv_head) * (kBlockSize * kHeadDim)",
-        "((long long)index * num_kv_heads) * (kBlockSize * kHeadDim)",
+        "((long long)index * num_kv_heads + kv_head) * (block_size * kHeadDim)",
+        "((long long)index * num_kv_heads) * (block_size * kHeadDim)",
+        ("rope",),
+    ),
+    Mutation(
+        INDEX, "paged_kv.cuh", "chunks are not permuted within their rows",
+        "(chunk % 8 ^ row % 8)",
+        "(chunk % 8)",
         ("rope",),
     ),
     Mutation(
         INDEX, "rope.cu", "the slot's place in its block is not taken modulo the block size",
-        "(slot % kBlockSize) * kHeadDim",
-        "slot * kHeadDim",
+        "dst_a = block + chunk_offset<kHeadDim>(slot % kBlockSize,",
+        "dst_a = block + chunk_offset<kHeadDim>(slot,",
         ("rope",),
     ),
     Mutation(
         INDEX, "rope.cu", "keys and values change places",
-        "scalar_t* block = is_value ?",
-        "scalar_t* block = !is_value ?",
+        "is_value ? kv.v_offset : kv.k_offset",
+        "!is_value ? kv.v_offset : kv.k_offset",
         ("rope",),
     ),
     Mutation(

@@ -13,7 +13,7 @@ from cupaged.kernels import paged_decode as paged_decode_module
 from cupaged.kernels.checks import BFLOAT16, FLOAT16
 from cupaged.kernels.paged_decode import MIN_SPLIT, decode_workspace_size, max_splits, paged_decode
 from cupaged.memory.arena import KVLayout
-from kernel_tools import HostRunner, PagedCache, assert_close, is_poison, poisoned
+from kernel_tools import HostRunner, PagedCache, assert_close, is_poison, poisoned, stored_rows
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def test_addresses_beyond_2_31_elements(runner, rng, tmp_path):
     for part, rows in enumerate((keys, values)):
         block = np.full((8, 64, 256), np.nan, BFLOAT16)
         block[:, :33] = rows.transpose(1, 0, 2)
-        runner.copy_in(slab[0, part, block_id], block)
+        runner.copy_in(slab[0, part, block_id], stored_rows(block))
     case = Case(256, 64, 8, 1, (33,))
     query = pointed_query(rng, keys, [0, 32], 1)[None]
     out = runner.array(poisoned((1, 8 * 256), BFLOAT16))
