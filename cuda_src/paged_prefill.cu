@@ -5,10 +5,9 @@
 // for token t of the step at position p = seq_len - query_len + its place in its sequence's query: whole prompts and
 // chunks of prompts, of any lengths, in one launch.
 //
-// Work:     one thread block per (tile of query rows, sequence, kv head). A row is a (token, query head of the kv
-//           head's group), token by token: the group shares every load of K and V, and short chunks still fill a tile.
-//           Each warp owns 16 * kRowTiles rows for the whole row of keys and walks over the key tiles that any of the
-//           block's rows attends to; the latest tokens, which have the most keys, go first.
+// Work:     one thread block per (tile of query rows, sequence, kv head); rows: prefill_rows.cuh. Each warp owns
+//           16 * kRowTiles rows for the whole row of keys and walks over the key tiles that any of the block's rows
+//           attends to; the latest tokens, which have the most keys, go first.
 // Numerics: scores, weights and sums in float32, weights rounded to scalar_t before they meet V; one rounding at the
 //           store. Key tiles lie at absolute positions and a tile that a row can't see leaves its state as it was, bit
 //           for bit, so a token's result doesn't depend on how its prompt was cut into chunks.
@@ -16,6 +15,7 @@
 #include "common.cuh"
 #include "paged_kv.cuh"
 #include "paged_tile.cuh"
+#include "prefill_rows.cuh"
 #include "ptx.cuh"
 #include "warp_attention.cuh"
 
@@ -43,46 +43,31 @@ paged_prefill(scalar_t* __restrict__ out,               // [num_tokens, num_head
                 "the ring and the query tile must fit the shared memory that every GPU has: take smaller tiles");
 
   const int kv_head = blockIdx.x, seq = first_seq + blockIdx.y;
-  const int group = num_heads / kv.num_kv_heads;
   griddepcontrol_wait();
   griddepcontrol_launch_dependents();
-  const int query_start = query_start_loc[seq];
-  const int query_len = query_start_loc[seq + 1] - query_start;
-  const int num_rows = query_len * group;
+  const PrefillRows rows(query_start_loc, seq_lens, seq, kv_head, kv.num_kv_heads, num_heads / kv.num_kv_heads);
   const int first_row = (gridDim.z - 1 - blockIdx.z) * kRows;
-  if (first_row >= num_rows) return;  // the whole thread block
-
-  // Row r attends to keys below ends(r), its token's position + 1.
-  const int context_len = seq_lens[seq] - query_len;
-  const auto end_of = [&](int row) { return context_len + min(row, num_rows - 1) / group + 1; };
-  const int last_end = end_of(first_row + kRows - 1);
+  if (first_row >= rows.num_rows) return;  // the whole thread block
 
   DYNAMIC_SHARED(shared);
   scalar_t* ring = reinterpret_cast<scalar_t*>(shared);   // [kStages, kKeys, kHeadDim]
   scalar_t* q_tile = ring + kStages * Stream::kTileSize;  // [kRows, kHeadDim]; in the end the results
 
-  for (int i = threadIdx.x; i < kRows * Layout::kChunks; i += kNumThreads) {
-    const int row = i / Layout::kChunks, chunk = i % Layout::kChunks;
-    const int source = min(first_row + row, num_rows - 1);
-    const long long token = query_start + source / group;
-    const int head = kv_head * group + source % group;
-    cp_async_16(q_tile + Layout::offset(row, chunk),
-                qkv + (token * (num_heads + 2 * kv.num_kv_heads) + head) * kHeadDim + chunk * 8,
-                source == first_row + row);
-  }
+  rows.copy<Layout, kRows, kNumThreads>(q_tile, qkv, first_row, threadIdx.x);
   Stream stream(ring, {kv, block_tables + (long long)seq * max_blocks, block_shift, kv_head,
-                       max(0, end_of(first_row) - window), last_end});
+                       max(0, rows.end_of(first_row) - window), rows.end_of(first_row + kRows - 1)});
   stream.prefetch();
 
   const int lane = threadIdx.x % kWarpSize;
   const int warp_row = threadIdx.x / kWarpSize * kWarpRows;  // the warp's first row in the tile
-  const int warp_first_end = end_of(first_row + warp_row), warp_last_end = end_of(first_row + warp_row + kWarpRows - 1);
+  const int warp_first_end = rows.end_of(first_row + warp_row);
+  const int warp_last_end = rows.end_of(first_row + warp_row + kWarpRows - 1);
   WarpAttention<scalar_t, kHeadDim, kRowTiles, kKeys> attention;
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      attention.end[r][half] = end_of(first_row + warp_row + 16 * r + 8 * half + lane / 4);
+      attention.end[r][half] = rows.end_of(first_row + warp_row + 16 * r + 8 * half + lane / 4);
 
   for (int tile = 0; tile < stream.num_tiles(); ++tile) {
     const int first_key = stream.first_key() + tile * kKeys;
@@ -115,14 +100,5 @@ paged_prefill(scalar_t* __restrict__ out,               // [num_tokens, num_head
             attention.out[r][j][2 * half] * factor, attention.out[r][j][2 * half + 1] * factor);
     }
   __syncwarp();
-  for (int i = lane; i < kWarpRows * Layout::kChunks; i += kWarpSize) {
-    const int row = warp_row + i / Layout::kChunks, chunk = i % Layout::kChunks;
-    const int source = first_row + row;
-    if (source < num_rows) {
-      const long long token = query_start + source / group;
-      const int head = kv_head * group + source % group;
-      store_vec(out + (token * num_heads + head) * kHeadDim + chunk * 8,
-                load_vec(q_tile + Layout::offset(row, chunk)));
-    }
-  }
+  rows.store<Layout, kWarpRows, kHeadDim>(out, q_tile + Layout::offset(warp_row, 0), first_row + warp_row);
 }

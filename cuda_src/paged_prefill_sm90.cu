@@ -1,18 +1,21 @@
 // paged_prefill_sm90.cu: what paged_prefill.cu computes, on Hopper's warpgroup products.
 //
-// Work:     one thread block per (tile of 128 query rows, sequence, kv head); rows are laid out as in paged_prefill.cu.
-//           Its first warpgroup fetches the queries, then tiles of kKeys keys and values in turn (K0 V0 K1 V1 ...) into
-//           a ring of four; the two others own 64 rows each. While the tensor cores weigh the values of one tile, after
-//           they have scored the next, the scores' softmax is taken; and where one warpgroup waits, the other goes on.
-// Barriers: as in linear_sm90.cu: full[s] is arrived at by each fetching thread, empty[s] by each multiplying warp. A
-//           warpgroup whose rows see nothing of a tile takes part in its barriers all the same.
+// Work:     as many thread blocks as SMs, each taking tiles of 128 query rows (rows: prefill_rows.cuh) of a sequence and
+//           a kv head, the longest first (TileWalk). Of its first warpgroup one warp has tiles of kKeys keys and values in
+//           turn (K0 V0 K1 V1 ...) brought by the copy engine into a ring of four, as they lie in the cache; the others
+//           fetch queries, a tile ahead. The two other warpgroups multiply, 64 rows each.
+// Overlap:  while the tensor cores weigh the values of one tile, after they have scored the next, a warpgroup takes the
+//           softmax of those scores. The warpgroups take turns in giving the tensor cores work (Turns), so that the rest of
+//           one's softmax runs under the other's products.
+// Barriers: full[s] completes when the bytes have come to slot s, empty[s] is arrived at by each multiplying warp; in the
+//           same way queries_full by each fetching thread and queries_empty.
 // Numerics: as in paged_prefill.cu, and as there a token's bits don't depend on how its prompt was cut into chunks, nor
 //           on the batch.
 // Bound:    flops, 4 * head_dim a row and key: 2,048 clocks of the tensor cores for a tile of 128 keys at head_dim 128,
 //           beside 1,024 of the units that take powers of 2. Measured: docs/performance.md.
 #include "common.cuh"
 #include "paged_kv.cuh"
-#include "paged_tile.cuh"
+#include "prefill_rows.cuh"
 #include "ptx_sm90.cuh"
 #include "softmax_state.cuh"
 #include "warp_attention.cuh"
@@ -22,23 +25,103 @@ constexpr int kConsumers = 2;            // warpgroups that multiply
 constexpr int kGroupRows = 64;           // query rows of each
 constexpr int kRows = kConsumers * kGroupRows;
 constexpr int kSlots = 4;                // tiles in the ring: keys in the even ones, values in the odd ones
-constexpr int kLag = 2;                  // tiles between starting copies and waiting for them
-constexpr int kStagedDims = 64;          // dimensions of a warp's results that are stored at a time
-constexpr int kStagedRow = kStagedDims + 8;  // elements; the 8 extra ones spread the rows over the banks
+constexpr int kQueryTiles = 2;           // of the queries: in use, and on its way
+constexpr int kQueryThreads = kGroup - kWarpSize;  // that fetch queries
 
-// Where the 16-byte chunks of a tile [kTileRows, kHeadDim] lie, as wgmma wants them: panels of 64 columns.
-template <int kHeadDim, int kTileRows>
+// Where the 16-byte chunks of a tile [kTileRows, kColumns] lie, as wgmma wants them: in the order of a block of the cache.
+template <int kColumns, int kTileRows>
 struct PanelLayout {
-  static constexpr int kChunks = kHeadDim / 8;
+  static constexpr int kChunks = kColumns / 8;
   static constexpr int kPanel = kTileRows * 64;  // elements
-  static_assert(kHeadDim % 64 == 0 && kTileRows % 8 == 0, "whole panels of whole groups of rows");
+  static_assert(kColumns % 64 == 0 && kTileRows % 8 == 0, "whole panels of whole groups of rows");
 
   static __device__ __forceinline__ int offset(int row, int chunk) {
-    return chunk / 8 * kPanel + (row * 8 + (chunk % 8 ^ row % 8)) * 8;
+    return chunk_offset<kColumns>(row, chunk, kTileRows);
   }
 };
 
-// grid (num_kv_heads, sequences from first_seq on, tiles that the longest query has), 3 warpgroups
+// The tiles of query rows that a thread block takes. Those of all sequences and kv heads stand in one order, the last
+// rows first, and are dealt out to the thread blocks forth and back, so that each gets as many long ones.
+// A warp walks as one. Each warp that needs to know walks for itself.
+class TileWalk {
+ public:
+  int seq, kv_head, first_row;  // of the tile, once next() has been called
+
+  __device__ __forceinline__ TileWalk(const int* query_start_loc, int first_seq, int num_seqs, int num_kv_heads,
+                                      int group, int num_row_tiles)
+      : query_start_loc_(query_start_loc + first_seq), first_seq_(first_seq), num_seqs_(num_seqs),
+        num_kv_heads_(num_kv_heads), group_(group), num_places_(num_row_tiles * num_seqs) {}
+
+  // Whether there is another tile.
+  __device__ __forceinline__ bool next() {
+    const int turn = round_ % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+    const int tile = round_ * gridDim.x + turn;
+    ++round_;
+    const int wanted = tile / num_kv_heads_;
+    while (wanted >= passed_ + __popc(present_)) {
+      passed_ += __popc(present_);
+      place_ += kWarpSize;
+      if (place_ >= num_places_) return false;
+      present_ = __ballot_sync(kFullMask, is_present(place_ + threadIdx.x % kWarpSize));
+    }
+    unsigned rest = present_;
+    for (int i = passed_; i < wanted; ++i) rest &= rest - 1;
+    const int place = place_ + __ffs(rest) - 1;
+    seq = first_seq_ + place % num_seqs_;
+    kv_head = tile % num_kv_heads_;
+    first_row = first_row_of(place);
+    return true;
+  }
+
+ private:
+  __device__ __forceinline__ int first_row_of(int place) const {
+    return ((num_places_ - 1 - place) / num_seqs_) * kRows;
+  }
+
+  __device__ __forceinline__ bool is_present(int place) const {
+    if (place >= num_places_) return false;
+    const int* start = query_start_loc_ + place % num_seqs_;
+    return first_row_of(place) < (start[1] - start[0]) * group_;
+  }
+
+  const int* query_start_loc_;
+  int first_seq_, num_seqs_, num_kv_heads_, group_;
+  int num_places_;          // for a tile: (row tile, sequence), whether that sequence has so many rows or not
+  int place_ = -kWarpSize;  // the first of the 32 that are looked at
+  unsigned present_ = 0;    // which of them are tiles
+  int passed_ = 0;          // tiles before them
+  int round_ = 0;
+};
+
+// The warpgroups' turns. Each takes one and passes it on equally often.
+class Turns {
+ public:
+  __device__ __forceinline__ explicit Turns(int group) : group_(group) {
+    if (group == kConsumers - 1) pass();
+  }
+  __device__ __forceinline__ void take() const { bar_sync(1 + group_, 2 * kGroup); }
+  __device__ __forceinline__ void pass() const { bar_arrive(1 + (group_ + 1) % kConsumers, 2 * kGroup); }
+  __device__ __forceinline__ void end() const {
+    if (group_ == 0) take();
+  }
+
+ private:
+  int group_;
+};
+
+// The keys that a tile of query rows needs: begin .. end - 1, in tiles that begin at multiples of kKeys.
+template <int kKeys>
+struct KeyRange {
+  int begin, end;
+  int first_key;  // of the first tile
+  int num_tiles;  // one at least, if of no keys
+
+  __device__ __forceinline__ KeyRange(const PrefillRows& rows, int first_row, int window)
+      : begin(max(0, rows.end_of(first_row) - window)), end(rows.end_of(first_row + kRows - 1)),
+        first_key(begin / kKeys * kKeys), num_tiles(max(1, ceil_div(end - first_key, kKeys))) {}
+};
+
+// Any grid (g), of 1 + kConsumers warpgroups.
 template <typename scalar_t,  // __half or __nv_bfloat16: q, cache, out
           int kHeadDim,       // dimensions of a head: 64 or 128
           int kKeys>          // keys a tile
@@ -49,134 +132,120 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
                    const int* __restrict__ seq_lens,         // [num_seqs]
                    const int* __restrict__ query_start_loc,  // [num_seqs + 1]
                    PagedKV kv, int num_heads, int max_blocks, int block_shift, int first_seq, int window,
-                   float scale) {  // sm_scale * log2(e)
+                   float scale,  // sm_scale * log2(e)
+                   int num_seqs,         // from first_seq on
+                   int num_row_tiles) {  // that the longest query has
   using QueryLayout = PanelLayout<kHeadDim, kRows>;
   using TileLayout = PanelLayout<kHeadDim, kKeys>;
-  constexpr int kTileSize = kKeys * kHeadDim;  // elements
-  static_assert(kKeys == kGroup, "each fetching thread looks up one row of a tile");
-
-  const int kv_head = blockIdx.x, seq = first_seq + blockIdx.y;
-  const int group = num_heads / kv.num_kv_heads;
-  griddepcontrol_wait();
-  griddepcontrol_launch_dependents();
-  const int query_start = query_start_loc[seq];
-  const int query_len = query_start_loc[seq + 1] - query_start;
-  const int num_rows = query_len * group;
-  const int first_row = (gridDim.z - 1 - blockIdx.z) * kRows;
-  if (first_row >= num_rows) return;  // the whole thread block
-
-  // Row r attends to keys below end_of(r), its token's position + 1.
-  const int context_len = seq_lens[seq] - query_len;
-  const auto end_of = [&](int row) { return context_len + min(row, num_rows - 1) / group + 1; };
-  const PagedRows rows{kv, block_tables + (long long)seq * max_blocks, block_shift, kv_head,
-                       max(0, end_of(first_row) - window), end_of(first_row + kRows - 1)};
-  const int first_key = rows.begin / kKeys * kKeys;
-  const int num_tiles = rows.end > rows.begin ? ceil_div(rows.end - first_key, kKeys) : 0;
+  using StagedLayout = PanelLayout<64, 16>;      // a warp's rows of results, some dimensions at a time
+  constexpr int kQuerySize = kRows * kHeadDim;  // elements
+  constexpr int kTileSize = kKeys * kHeadDim;
 
   DYNAMIC_SHARED(shared);
-  scalar_t* q_tile = reinterpret_cast<scalar_t*>(shared + (1024 - shared_address(shared) % 1024) % 1024);
-  scalar_t* ring = q_tile + kRows * kHeadDim;       // [kSlots][kKeys, kHeadDim]
-  scalar_t* staged = ring + kSlots * kTileSize;     // [8 warps][16][kStagedRow]
-  auto* full = reinterpret_cast<unsigned long long*>(staged + kConsumers * 4 * 16 * kStagedRow);  // [kSlots]
-  auto* empty = full + kSlots;                                                                    // [kSlots]
+  scalar_t* queries = reinterpret_cast<scalar_t*>(shared + (1024 - shared_address(shared) % 1024) % 1024);
+  scalar_t* ring = queries + kQueryTiles * kQuerySize;  // [kSlots][kKeys, kHeadDim]
+  scalar_t* staged = ring + kSlots * kTileSize;         // [4 * kConsumers warps][16, 64]
+  auto* full = reinterpret_cast<unsigned long long*>(staged + kRows * 64);  // [kSlots]
+  auto* empty = full + kSlots;                                              // [kSlots]
+  auto* queries_full = empty + kSlots;                                      // [kQueryTiles]
+  auto* queries_empty = queries_full + kQueryTiles;                         // [kQueryTiles]
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < kSlots; ++slot) {
-      mbarrier_init(full + slot, kGroup);
+      mbarrier_init(full + slot, 1);
       mbarrier_init(empty + slot, kConsumers * 4);
     }
+    for (int slot = 0; slot < kQueryTiles; ++slot) {
+      mbarrier_init(queries_full + slot, kQueryThreads);
+      mbarrier_init(queries_empty + slot, kConsumers * 4);
+    }
+    mbarrier_init_fence();
   }
   __syncthreads();
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
 
-  // Fill f is that of the keys of tile f / 2 if f is even, of its values if odd.
-  const int num_fills = 2 * num_tiles;
-  if (threadIdx.x < kGroup) {
-    setmaxnreg_dec<56>();
-    auto hand_over = [&](int fill) {
-      fence_proxy_async();
-      mbarrier_arrive(full + fill % kSlots);
-    };
-    // The queries arrive with the first keys.
-    for (int i = threadIdx.x; i < kRows * QueryLayout::kChunks && num_fills > 0; i += kGroup) {
-      const int row = i / QueryLayout::kChunks, chunk = i % QueryLayout::kChunks;
-      const int source = min(first_row + row, num_rows - 1);
-      const long long token = query_start + source / group;
-      const int head = kv_head * group + source % group;
-      cp_async_16(q_tile + QueryLayout::offset(row, chunk),
-                  qkv + (token * (num_heads + 2 * kv.num_kv_heads) + head) * kHeadDim + chunk * 8,
-                  source == first_row + row);
-    }
-    // Each thread looks up the block of one row of a tile, once for its keys and values; then a warp copies the rows of its
-    // lanes, which hand these addresses around. Rows outside of the range become zeros and are not read, as in
-    // PagedRows::copy.
-    const int lane = threadIdx.x % kWarpSize;
-    const int warp_row = threadIdx.x - lane;
+  const int lane = threadIdx.x % kWarpSize;
+  const int group = num_heads / kv.num_kv_heads;
+  TileWalk walk(query_start_loc, first_seq, num_seqs, kv.num_kv_heads, group, num_row_tiles);
+  const auto rows_of_tile = [&] {
+    return PrefillRows(query_start_loc, seq_lens, walk.seq, walk.kv_head, kv.num_kv_heads, group);
+  };
+
+  if (threadIdx.x < kWarpSize) {  // fetches keys and values
+    setmaxnreg_dec<40>();
+    // A lane copies one panel of one block of each tile: a part of it, where the range begins or ends within the block.
+    constexpr int kPanels = kHeadDim / 64;
+    static_assert(kKeys / 8 * kPanels <= kWarpSize, "blocks have 8 rows at least");
     const int block_size = 1 << block_shift;
-    const scalar_t* lane_block = nullptr;
-    unsigned valid_rows = 0;
-    for (int fill = 0; fill < num_fills; ++fill) {
-      if (fill % 2 == 0) {
-        const int key = first_key + fill / 2 * kKeys + threadIdx.x;
-        const int source = min(max(key, rows.begin), rows.end - 1);  // a row that exists
-        lane_block = kv.block<scalar_t, kHeadDim>(kv.k_offset, rows.block_table[source >> block_shift], kv_head,
-                                                  block_size);
-        valid_rows = __ballot_sync(kFullMask, key == source);
-      } else {
-        lane_block += kv.v_offset - kv.k_offset;
-      }
-      if (fill >= kSlots) mbarrier_wait(empty + fill % kSlots, (fill / kSlots - 1) % 2);
-      scalar_t* tile = ring + fill % kSlots * kTileSize;
-#pragma unroll 4
-      for (int i = lane; i < kWarpSize * TileLayout::kChunks; i += kWarpSize) {
-        const int row = i / TileLayout::kChunks, chunk = i % TileLayout::kChunks;
-        const auto block = reinterpret_cast<const scalar_t*>(
-            __shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(lane_block), row));
-        // A tile begins with a block, so that its rows are also counted within theirs.
-        const int offset = chunk_offset<kHeadDim>((warp_row + row) & (block_size - 1), chunk, block_size);
-        cp_async_16(tile + TileLayout::offset(warp_row + row, chunk), block + offset, valid_rows >> row & 1);
-      }
-      cp_async_commit_group();
-      if (fill >= kLag) {
-        cp_async_wait_group<kLag>();
-        hand_over(fill - kLag);
+    const int panel = lane % kPanels, first_in_tile = lane / kPanels * block_size;
+    int fill = 0;
+    while (walk.next()) {
+      const KeyRange<kKeys> range(rows_of_tile(), walk.first_row, window);
+      const int* block_table = block_tables + (long long)walk.seq * max_blocks;
+      for (int tile = 0; tile < range.num_tiles; ++tile) {
+        const int first_key = range.first_key + tile * kKeys;
+        const int tile_begin = max(range.begin - first_key, 0), tile_end = min(range.end - first_key, kKeys);
+        const int begin = max(tile_begin, first_in_tile), end = min(tile_end, first_in_tile + block_size);
+        const scalar_t* src = nullptr;
+        if (begin < end)
+          src = kv.block<scalar_t, kHeadDim>(0, block_table[(first_key + first_in_tile) >> block_shift], walk.kv_head,
+                                             block_size) +
+                panel * block_size * 64 + (begin - first_in_tile) * 64;
+        for (int is_value = 0; is_value < 2; ++is_value, ++fill) {
+          const int slot = fill % kSlots;
+          if (fill >= kSlots) mbarrier_wait(empty + slot, (fill / kSlots - 1) % 2);
+          scalar_t* to = ring + slot * kTileSize;
+          // Values outside of the range get a weight of 0, but what is there may be NaN.
+          const auto clear = [&](int first, int last) {
+            for (int i = first * TileLayout::kChunks + lane; i < last * TileLayout::kChunks; i += kWarpSize)
+              store_vec(to + TileLayout::offset(i / TileLayout::kChunks, i % TileLayout::kChunks), Vec<scalar_t>{});
+          };
+          if (is_value && (tile_begin > 0 || tile_end < kKeys)) {
+            clear(0, tile_begin);
+            clear(max(tile_end, 0), kKeys);
+            fence_proxy_async();
+          }
+          __syncwarp();
+          if (lane == 0)
+            mbarrier_arrive_expect_tx(full + slot, max(0, tile_end - tile_begin) * kHeadDim * (int)sizeof(scalar_t));
+          __syncwarp();
+          if (begin < end)
+            bulk_copy(to + panel * TileLayout::kPanel + begin * 64, src + (is_value ? kv.v_offset : kv.k_offset),
+                      (end - begin) * 64 * (int)sizeof(scalar_t), full + slot);
+        }
       }
     }
-    cp_async_wait_group<0>();
-    for (int fill = max(0, num_fills - kLag); fill < num_fills; ++fill) hand_over(fill);
+  } else if (threadIdx.x < kGroup) {  // fetches queries
+    setmaxnreg_dec<40>();
+    for (int fill = 0; walk.next(); ++fill) {
+      const int slot = fill % kQueryTiles;
+      if (fill >= kQueryTiles) mbarrier_wait(queries_empty + slot, (fill / kQueryTiles - 1) % 2);
+      const PrefillRows rows = rows_of_tile();
+      rows.copy<QueryLayout, kRows, kQueryThreads>(queries + slot * kQuerySize, qkv, walk.first_row,
+                                                   threadIdx.x - kWarpSize);
+      cp_async_commit_group();
+      cp_async_wait_group<0>();
+      fence_proxy_async();
+      mbarrier_arrive(queries_full + slot);
+    }
   } else {
-    setmaxnreg_inc<224>();
+    setmaxnreg_inc<232>();
     const int warp = threadIdx.x / kWarpSize - 4;
-    const int lane = threadIdx.x % kWarpSize;
-    const int group_row = first_row + warp / 4 * kGroupRows;  // the first row of the warpgroup
-    const int warp_row = first_row + warp * 16;               // and of the warp
-    const int row_end[2] = {end_of(warp_row + lane / 4), end_of(warp_row + lane / 4 + 8)};
-    const int warp_first_end = end_of(warp_row), warp_last_end = end_of(warp_row + 15);
+    const Turns turns(warp / 4);
+    int fill = 0;        // that is next to be multiplied: of keys, if even, of values, if odd
+    int query_fill = 0;  // of the queries
 
-    // The tiles of which the warpgroup's rows see anything.
-    const int seen_begin = max(0, max(0, end_of(group_row) - window) - first_key) / kKeys;
-    const int seen_end = group_row < num_rows ? min(num_tiles, ceil_div(end_of(group_row + kGroupRows - 1) - first_key,
-                                                                        kKeys))
-                                              : seen_begin;
+    float scores[kKeys / 2];
+    float sums[kHeadDim / 2];  // of weighted values, on the base of their row's state
+    unsigned weights[kKeys / 16][4];
 
     auto wait_for = [&](int fill) { mbarrier_wait(full + fill % kSlots, fill / kSlots % 2); };
     auto release = [&](int fill) {
       if (lane == 0) mbarrier_arrive(empty + fill % kSlots);
     };
-    auto skip = [&](int begin, int end) {
-      for (int fill = 2 * begin; fill < 2 * end; ++fill) {
-        wait_for(fill);
-        release(fill);
-      }
-    };
-
-    float scores[kKeys / 2] = {};
-    float sums[kHeadDim / 2] = {};  // of weighted values, on the base of their row's state
-    unsigned weights[kKeys / 16][4];
-    SoftmaxState state[2];  // of rows lane / 4 and + 8; sum is this lane's share
-
-    auto start_scores = [&](int tile) {
-      wait_for(2 * tile);
-      const scalar_t* q = q_tile + warp / 4 * kGroupRows * 64;
-      const scalar_t* k = ring + 2 * tile % kSlots * kTileSize;
+    auto start_scores = [&](int fill) {
+      const scalar_t* q = queries + query_fill % kQueryTiles * kQuerySize + warp / 4 * kGroupRows * 64;
+      const scalar_t* k = ring + fill % kSlots * kTileSize;
       wgmma_fence();
 #pragma unroll
       for (int panel = 0; panel < kHeadDim / 64; ++panel) {
@@ -192,42 +261,13 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
       }
       wgmma_commit_group();
     };
-    auto start_values = [&](int tile) {
-      wait_for(2 * tile + 1);
-      const unsigned long long b = wgmma_transposed(ring + (2 * tile + 1) % kSlots * kTileSize,
+    auto start_values = [&](int fill) {
+      const unsigned long long b = wgmma_transposed(ring + fill % kSlots * kTileSize,
                                                     TileLayout::kPanel * (int)sizeof(scalar_t));
       wgmma_fence();
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) wgmma_rs<scalar_t>(sums, weights[n], b + 128 * n);
       wgmma_commit_group();
-    };
-    // Turns scores into weights, still in float32, and gives the factors that move sums to the rows' new bases.
-    auto softmax = [&](int tile, float (&factors)[2]) {
-      const int key = first_key + tile * kKeys;
-      if (key + kKeys > warp_first_end || key < warp_last_end - window) {  // some row doesn't see all of the tile
-#pragma unroll
-        for (int i = 0; i < kKeys / 2; ++i) {
-          const int position = key + i / 4 * 8 + lane % 4 * 2 + i % 2;
-          const int end = row_end[i / 2 % 2];
-          if (position >= end || position < end - window) scores[i] = kNegInf;
-        }
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float top = kNegInf;
-#pragma unroll
-        for (int i = 2 * half; i < kKeys / 2; i += 4) top = fmaxf(top, fmaxf(scores[i], scores[i + 1]));
-        top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2));  // now over the row's four lanes
-        factors[half] = state[half].raise_max(top * scale);
-        const float base = state[half].base();
-#pragma unroll
-        for (int i = 2 * half; i < kKeys / 2; i += 4) {
-          scores[i] = exp2f(fmaf(scores[i], scale, -base));
-          scores[i + 1] = exp2f(fmaf(scores[i + 1], scale, -base));
-          state[half].sum += scores[i] + scores[i + 1];
-        }
-      }
     };
     auto round_weights = [&] {
 #pragma unroll
@@ -235,68 +275,109 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
         weights[i / 8][i / 2 % 4] = pack_pair<scalar_t>(scores[i], scores[i + 1]);
     };
 
-    skip(0, min(seen_begin, num_tiles));
-    if (seen_begin < seen_end) {
+    while (walk.next()) {
+      const PrefillRows rows = rows_of_tile();
+      const KeyRange<kKeys> range(rows, walk.first_row, window);
+      const int warp_row = walk.first_row + warp * 16;  // the first row of the warp
+      const int row_end[2] = {rows.end_of(warp_row + lane / 4), rows.end_of(warp_row + lane / 4 + 8)};
+      const int warp_first_end = rows.end_of(warp_row), warp_last_end = rows.end_of(warp_row + 15);
+      SoftmaxState state[2];  // of rows lane / 4 and + 8; sum is this lane's share
+
+      // Turns scores into weights, still in float32, and gives the factors that move sums to the rows' new bases.
+      auto softmax = [&](int key, float (&factors)[2]) {
+        if (key + kKeys > warp_first_end || key < warp_last_end - window) {  // some row doesn't see all of the tile
+#pragma unroll
+          for (int i = 0; i < kKeys / 2; ++i) {
+            const int end = row_end[i / 2 % 2] - key - lane % 4 * 2;  // counted from this lane's first key
+            const int place = i / 4 * 8 + i % 2;
+            if (place >= end || place < end - window) scores[i] = kNegInf;
+          }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float top = kNegInf;
+#pragma unroll
+          for (int i = 2 * half; i < kKeys / 2; i += 4) top = fmaxf(top, fmaxf(scores[i], scores[i + 1]));
+          top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 1));
+          top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2));  // now over the row's four lanes
+          factors[half] = state[half].raise_max(top * scale);
+          const float base = state[half].base();
+#pragma unroll
+          for (int i = 2 * half; i < kKeys / 2; i += 4) {
+            scores[i] = ex2_approx_ftz(fmaf(scores[i], scale, -base));
+            scores[i + 1] = ex2_approx_ftz(fmaf(scores[i + 1], scale, -base));
+            state[half].sum += scores[i] + scores[i + 1];
+          }
+        }
+      };
+
       float factors[2];
-      start_scores(seen_begin);
+      mbarrier_wait(queries_full + query_fill % kQueryTiles, query_fill / kQueryTiles % 2);
+      wait_for(fill);
+      turns.take();
+      start_scores(fill);
+      turns.pass();
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) sums[i] = 0.f;
       wgmma_wait_group<0>();
       wgmma_hold(scores);
-      release(2 * seen_begin);
-      softmax(seen_begin, factors);  // there are no sums yet to move
+      release(fill);
+      softmax(range.first_key, factors);  // there are no sums yet to move
       round_weights();
-      for (int tile = seen_begin; tile + 1 < seen_end; ++tile) {
-        start_scores(tile + 1);
-        start_values(tile);
+      for (int tile = 1; tile < range.num_tiles; ++tile, fill += 2) {
+        wait_for(fill + 1);
+        wait_for(fill + 2);
+        turns.take();
+        start_scores(fill + 2);
+        start_values(fill + 1);
+        turns.pass();
         wgmma_wait_group<1>();  // the scores
         wgmma_hold(scores);
-        release(2 * tile + 2);
-        softmax(tile + 1, factors);
+        release(fill + 2);
+        softmax(range.first_key + tile * kKeys, factors);
         wgmma_wait_group<0>();  // the values
         wgmma_hold(sums);
-        release(2 * tile + 1);
+        release(fill + 1);
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; ++i) sums[i] *= factors[i / 2 % 2];
         round_weights();
       }
-      start_values(seen_end - 1);
+      if (lane == 0) mbarrier_arrive(queries_empty + query_fill % kQueryTiles);
+      ++query_fill;
+      wait_for(fill + 1);
+      turns.take();
+      start_values(fill + 1);
+      turns.pass();
       wgmma_wait_group<0>();
       wgmma_hold(sums);
-      release(2 * seen_end - 1);
-    }
-    skip(max(seen_begin, seen_end), num_tiles);
+      release(fill + 1);
+      fill += 2;
 
-    // This warp's 16 rows of results, some dimensions at a time, through shared memory into whole vectors.
+      // This warp's 16 rows of results, some dimensions at a time, through shared memory into whole vectors.
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float& sum = state[half].sum;
-      sum += __shfl_xor_sync(kFullMask, sum, 1);
-      sum += __shfl_xor_sync(kFullMask, sum, 2);
-      const float factor = state[half].inverse_sum();
+      for (int half = 0; half < 2; ++half) {
+        float& sum = state[half].sum;
+        sum += __shfl_xor_sync(kFullMask, sum, 1);
+        sum += __shfl_xor_sync(kFullMask, sum, 2);
+        const float factor = state[half].inverse_sum();
 #pragma unroll
-      for (int i = 2 * half; i < kHeadDim / 2; i += 4) {
-        sums[i] *= factor;
-        sums[i + 1] *= factor;
-      }
-    }
-    scalar_t* results = staged + warp * 16 * kStagedRow;
-#pragma unroll
-    for (int start = 0; start < kHeadDim; start += kStagedDims) {
-      __syncwarp();  // the last dimensions have been read
-#pragma unroll
-      for (int i = 0; i < kStagedDims / 2; i += 2)
-        *reinterpret_cast<unsigned*>(results + (lane / 4 + i / 2 % 2 * 8) * kStagedRow + i / 4 * 8 + lane % 4 * 2) =
-            pack_pair<scalar_t>(sums[start / 2 + i], sums[start / 2 + i + 1]);
-      __syncwarp();
-      for (int i = lane; i < 16 * kStagedDims / 8; i += kWarpSize) {
-        const int row = i / (kStagedDims / 8), column = i % (kStagedDims / 8) * 8;
-        const int source = warp_row + row;
-        if (source < num_rows) {
-          const long long token = query_start + source / group;
-          const int head = kv_head * group + source % group;
-          store_vec(out + (token * num_heads + head) * kHeadDim + start + column,
-                    load_vec(results + row * kStagedRow + column));
+        for (int i = 2 * half; i < kHeadDim / 2; i += 4) {
+          sums[i] *= factor;
+          sums[i + 1] *= factor;
         }
       }
+      scalar_t* results = staged + warp * 16 * 64;
+#pragma unroll
+      for (int start = 0; start < kHeadDim; start += 64) {
+        __syncwarp();  // the last dimensions have been read
+#pragma unroll
+        for (int i = 0; i < 32; i += 2)
+          *reinterpret_cast<unsigned*>(results + StagedLayout::offset(lane / 4 + i / 2 % 2 * 8, i / 4) + lane % 4 * 2) =
+              pack_pair<scalar_t>(sums[start / 2 + i], sums[start / 2 + i + 1]);
+        __syncwarp();
+        rows.store<StagedLayout, 16, kHeadDim>(out + start, results, warp_row);
+      }
     }
+    turns.end();
   }
 }

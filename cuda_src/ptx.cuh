@@ -27,6 +27,13 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
   return static_cast<unsigned>(__cvta_generic_to_shared(p));
 }
 
+// 2^x, to 2 units in the last place; results below 2^-126 become 0.
+__device__ __forceinline__ float ex2_approx_ftz(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Copy 16 bytes from global to shared memory, asynchronously; with valid == false write 16 zero bytes and read
 // nothing. dst and src 16-byte aligned.
 __device__ __forceinline__ void cp_async_16(void* dst, const void* src, bool valid = true) {

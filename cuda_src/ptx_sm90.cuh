@@ -49,6 +49,20 @@ __device__ __forceinline__ void mbarrier_wait(unsigned long long* barrier, int p
     if (clock64() - start > 40000000000ll) asm volatile("st.global.u32 [%0], 0;\n" ::"l"(0ull) : "memory");
 }
 
+// -- the sixteen barriers of a thread block that have numbers -------------------------------------------------
+//
+// A phase of barrier `id` (0 is that of __syncthreads) completes when num_threads threads, whole warps, have come to it.
+
+// Come to the barrier and wait for the others.
+__device__ __forceinline__ void bar_sync(int id, int num_threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(num_threads) : "memory");
+}
+
+// Come to the barrier and go on.
+__device__ __forceinline__ void bar_arrive(int id, int num_threads) {
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(num_threads) : "memory");
+}
+
 // -- the copy engine ----------------------------------------------------------------------------------------
 //
 // One thread starts a copy; its bytes count at an mbarrier of this thread block when they are there, and who has waited

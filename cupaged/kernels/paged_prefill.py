@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from cupaged.kernels.checks import C_TYPE, HALF_TYPES, ceil_div, check, check_that
 from cupaged.kernels.compile import load_kernel
+from cupaged.kernels.device import device_info
 from cupaged.kernels.paged_attention import MAX_GRID_YZ, check_attention, kernel_window, softmax_scale
 from cupaged.kernels.paged_kv import paged_kv
 
@@ -27,6 +29,8 @@ class PrefillKernel(NamedTuple):
     num_rows: int  # of a thread block: (token, head of the group) pairs
     num_threads: int
     shared_bytes: int
+    # Launched once for each multiprocessor, it deals the tiles of rows out itself, and wants to know how many there are.
+    is_persistent: bool = False
 
 
 def prefill_kernel(dtype: np.dtype, head_dim: int) -> PrefillKernel:
@@ -66,6 +70,7 @@ def paged_prefill(
     sm_scale: float,
     window: int = 0,
     kernels: Mapping[int, Callable[[np.dtype, int], PrefillKernel]] = KERNELS,
+    num_blocks: int | None = None,
 ) -> None:
     """`Backend.paged_attention` for the sequences after the first num_decodes.
 
@@ -73,6 +78,7 @@ def paged_prefill(
     float16 like the cache; arena: the cache (`KVArena`), of which `layer` is read; block_tables [num_seqs, max_blocks]
     int32; seq_lens [num_seqs] and query_start_loc [num_seqs + 1] int32 as in `Batch`, no query after the decodes longer
     than max_query_len. Rows of out that belong to the decodes are left alone. kernels: which one for which head_dim.
+    num_blocks: thread blocks of a persistent kernel at most, by default one an SM; results don't depend on it.
 
     Raises ValueError on arrays, sizes or a head_dim that don't fit.
     """
@@ -92,7 +98,7 @@ def paged_prefill(
     check_that(0 <= max_query_len <= most, f"max_query_len: expected 0 to {most}; got {max_query_len}")
     if num_seqs == num_decodes or num_tiles == 0:
         return
-    args = (
+    args = [
         out,
         qkv,
         block_tables,
@@ -105,6 +111,9 @@ def paged_prefill(
         np.int32(num_decodes),
         np.int32(window),
         np.float32(scale),
-    )
+    ]
     grid = (layout.num_kv_heads, num_seqs - num_decodes, num_tiles)
-    load_kernel(kernel.file, kernel.name)(grid, (kernel.num_threads,), args, shared_mem=kernel.shared_bytes)
+    if kernel.is_persistent:
+        args += [np.int32(num_seqs - num_decodes), np.int32(num_tiles)]
+        grid = (min(math.prod(grid), num_blocks or device_info().num_sms),)
+    load_kernel(kernel.file, kernel.name)(grid, (kernel.num_threads,), tuple(args), shared_mem=kernel.shared_bytes)

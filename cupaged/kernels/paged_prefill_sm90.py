@@ -12,19 +12,21 @@ from cupaged.kernels.paged_prefill import KERNELS, PrefillKernel
 NUM_ROWS = 128  # kRows in paged_prefill_sm90.cu
 NUM_KEYS = 128  # a tile
 NUM_SLOTS = 4  # kSlots
+NUM_QUERY_TILES = 2  # kQueryTiles
 NUM_THREADS = 384  # a warpgroup that fetches, two that multiply
 HEAD_DIMS = (64, 128)  # whole panels of 64 that registers and shared memory hold
 
 
 def prefill_kernel(dtype: np.dtype, head_dim: int) -> PrefillKernel:
-    tiles = (NUM_ROWS + NUM_SLOTS * NUM_KEYS) * head_dim * dtype.itemsize
+    tiles = (NUM_QUERY_TILES * NUM_ROWS + NUM_SLOTS * NUM_KEYS) * head_dim
     return PrefillKernel(
         "paged_prefill_sm90.cu",
         f"paged_prefill_sm90<{C_TYPE[dtype]}, {head_dim}, {NUM_KEYS}>",
         NUM_ROWS,
         NUM_THREADS,
-        # From a multiple of 1,024 on: the tiles, 16 rows of 72 elements a multiplying warp, two barriers a slot.
-        shared_bytes=1024 + tiles + 8 * 16 * 72 * dtype.itemsize + NUM_SLOTS * 2 * 8,
+        # From a multiple of 1,024 on: the tiles, 64 columns of results, two barriers a tile.
+        shared_bytes=1024 + (tiles + NUM_ROWS * 64) * dtype.itemsize + (NUM_SLOTS + NUM_QUERY_TILES) * 2 * 8,
+        is_persistent=True,
     )
 
 

@@ -176,7 +176,62 @@ void mbarrier_wait(void* barrier, int parity, Site site) {
   ENTER();
   access(barrier, sizeof(Mbarrier), Access::kRead);
   if (mbarrier_is_past(barrier, parity)) return;
+  current->waits_in = "mbarrier_wait";
   current->barrier = barrier;
+  current->parity = parity;
+  current->site = site;
+  wait_for_others(State::kAtMbarrier);
+}
+
+namespace {
+
+constexpr int kNumberedBarriers = 16;
+unsigned long long numbered_barriers[kNumberedBarriers];  // each holds an Mbarrier
+
+Mbarrier load_numbered(int id, int num_threads) {
+  if (id < 1 || id >= kNumberedBarriers) fail("barrier %d: there are 1 to %d", id, kNumberedBarriers - 1);
+  if (num_threads % kWarpSize) fail("barrier %d: is for whole warps; got %d threads", id, num_threads);
+  Mbarrier value = load_mbarrier(numbered_barriers + id);
+  if (value.missing == value.expected) value.missing = value.expected = unsigned(num_threads);  // nobody is there
+  if (value.expected != unsigned(num_threads))
+    fail("barrier %d: is for %u threads this time; got %d", id, unsigned(value.expected), num_threads);
+  return value;
+}
+
+}  // namespace
+
+void begin_numbered_barriers() { memset(numbered_barriers, 0, sizeof numbered_barriers); }
+
+bool numbered_barriers_are_free() {
+  return std::all_of(numbered_barriers, numbered_barriers + kNumberedBarriers, [](const unsigned long long& barrier) {
+    const Mbarrier value = load_mbarrier(&barrier);
+    return value.missing == value.expected;
+  });
+}
+
+namespace {
+
+int arrive_numbered(int id, int num_threads) {  // returns the parity of the phase
+  Mbarrier value = load_numbered(id, num_threads);
+  const int parity = value.phase % 2;
+  value.missing = value.missing - 1;
+  update(numbered_barriers + id, value);
+  return parity;
+}
+
+}  // namespace
+
+void bar_arrive(int id, int num_threads) {
+  ENTER();
+  arrive_numbered(id, num_threads);
+}
+
+void bar_sync(int id, int num_threads, Site site) {
+  ENTER();
+  const int parity = arrive_numbered(id, num_threads);
+  if (mbarrier_is_past(numbered_barriers + id, parity)) return;
+  current->waits_in = "bar_sync";
+  current->barrier = numbered_barriers + id;
   current->parity = parity;
   current->site = site;
   wait_for_others(State::kAtMbarrier);

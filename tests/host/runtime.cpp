@@ -196,8 +196,8 @@ void report(Thread& thread, const char* format, ...) {
 void diagnose_deadlock() {
   for (int i = 0; i < num_threads; ++i)
     if (threads[i]->state == State::kAtMbarrier)
-      return report(*threads[i], "%s:%d: mbarrier_wait: nobody is left to complete the phase of parity %d",
-                    threads[i]->site.file, threads[i]->site.line, threads[i]->parity);
+      return report(*threads[i], "%s:%d: %s: nobody is left to complete the phase of parity %d",
+                    threads[i]->site.file, threads[i]->site.line, threads[i]->waits_in, threads[i]->parity);
   for (int i = 0; i < num_threads; ++i) {
     Thread& thread = *threads[i];
     if (thread.state != State::kAtWarpCollective) continue;
@@ -291,6 +291,7 @@ void run_block() {
   ++block_epoch;
   uses_mbarriers = false;
   engine_copies.clear();
+  begin_numbered_barriers();
   begin_block();
   for (int i = 0; i < num_threads; ++i) {
     Thread& thread = *threads[i];
@@ -333,6 +334,8 @@ void run_block() {
     return report(*copy.thread, "%s:%d: the thread block exits before this copy has been waited for", copy.site.file,
                   copy.site.line);
   }
+  if (!numbered_barriers_are_free())
+    return report(*threads[0], "the thread block exits, and one of its numbered barriers still waits for threads");
   for (int i = 0; i < num_threads; ++i)
     if (!threads[i]->products.empty()) {
       const Site site = threads[i]->products[0].site;

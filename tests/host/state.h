@@ -138,6 +138,8 @@ const unsigned char* async_read(unsigned address);        // 16 bytes of shared 
 bool coin();  // drawn from the launch's seed
 void wait_for_others(State state);  // until the scheduler makes the running thread runnable again
 bool mbarrier_is_past(const void* barrier, int parity);  // ptx.cpp: whether that phase has completed
+void begin_numbered_barriers();                          // ptx.cpp: those of bar_sync, at a thread block's start
+bool numbered_barriers_are_free();                       // ptx.cpp: whether no phase of them is half complete
 void land(const EngineCopy& copy);                       // ptx.cpp: its bytes are there, and count at its barrier
 
 }  // namespace host

@@ -132,6 +132,7 @@ def run(runner, case: Case, cache: PagedCache, query: np.ndarray, /, **changes) 
         "max_query_len": max(query_len for query_len, _ in case.lens),
         "sm_scale": case.head_dim**-0.5,
         "window": case.window,
+        "num_blocks": 3,
     }
     paged_prefill(**{**arguments, **changes})
     return runner.host(out)

@@ -7,6 +7,11 @@
 inline void griddepcontrol_wait() { host::griddepcontrol_wait(); }
 inline void griddepcontrol_launch_dependents() {}
 
+inline float ex2_approx_ftz(float x) {
+  const float y = exp2f(x);
+  return y < 0x1p-126f ? 0.f : y;
+}
+
 // A copy lands when a wait asks for it and no earlier; until then its destination holds NaNs.
 inline void cp_async_16(void* dst, const void* src, bool valid = true) { host::cp_async_16(dst, src, valid); }
 inline void cp_async_commit_group() { host::cp_async_commit_group(); }

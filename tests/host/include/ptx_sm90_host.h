@@ -16,6 +16,11 @@ inline void mbarrier_wait(unsigned long long* barrier, int parity, host::Site si
   host::mbarrier_wait(barrier, parity, site);
 }
 
+inline void bar_sync(int id, int num_threads, host::Site site = host::Site::here()) {
+  host::bar_sync(id, num_threads, site);
+}
+inline void bar_arrive(int id, int num_threads) { host::bar_arrive(id, num_threads); }
+
 inline void bulk_copy(void* dst, const void* src, int num_bytes, unsigned long long* barrier,
                       host::Site site = host::Site::here()) {
   host::bulk_copy(dst, src, num_bytes, barrier, site);

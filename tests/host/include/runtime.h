@@ -64,6 +64,8 @@ void mbarrier_init(void* barrier, int num_arrivals);
 void mbarrier_arrive(void* barrier);
 void mbarrier_arrive_expect_tx(void* barrier, int num_bytes);
 void mbarrier_wait(void* barrier, int parity, Site site);
+void bar_sync(int id, int num_threads, Site site);
+void bar_arrive(int id, int num_threads);
 void bulk_copy(void* dst, const void* src, int num_bytes, void* barrier, Site site);
 void bulk_prefetch_l2(const void* src, int num_bytes);
 // From a matrix [rows, columns] of 16-bit elements at src: box_rows rows of 64.
