@@ -26,7 +26,7 @@ constexpr int kGroupRows = 64;           // query rows of each
 constexpr int kRows = kConsumers * kGroupRows;
 constexpr int kSlots = 4;                // tiles in the ring: keys in the even ones, values in the odd ones
 constexpr int kQueryTiles = 2;           // of the queries: in use, and on its way
-constexpr int kQueryThreads = kGroup - kWarpSize;  // that fetch queries
+constexpr int kQueryThreads = kGroup - 2 * kWarpSize;  // that fetch queries
 
 // Where the 16-byte chunks of a tile [kTileRows, kColumns] lie, as wgmma wants them: in the order of a block of the cache.
 template <int kColumns, int kTileRows>
@@ -171,65 +171,65 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
     return PrefillRows(query_start_loc, seq_lens, walk.seq, walk.kv_head, kv.num_kv_heads, group);
   };
 
-  if (threadIdx.x < kWarpSize) {  // fetches keys and values
-    setmaxnreg_dec<40>();
+  if (threadIdx.x < 2 * kWarpSize) {  // the first warp fetches keys, the second values
+    setmaxnreg_dec<56>();
     // A lane copies one panel of one block of each tile: a part of it, where the range begins or ends within the block.
     constexpr int kPanels = kHeadDim / 64;
     static_assert(kKeys / 8 * kPanels <= kWarpSize, "blocks have 8 rows at least");
+    const bool is_value = threadIdx.x >= kWarpSize;
+    const long long part = is_value ? kv.v_offset : kv.k_offset;
     const int block_size = 1 << block_shift;
     const int panel = lane % kPanels, first_in_tile = lane / kPanels * block_size;
-    int fill = 0;
+    int fill = is_value;
     while (walk.next()) {
       const KeyRange<kKeys> range(rows_of_tile(), walk.first_row, window);
       const int* block_table = block_tables + (long long)walk.seq * max_blocks;
-      for (int tile = 0; tile < range.num_tiles; ++tile) {
+      for (int tile = 0; tile < range.num_tiles; ++tile, fill += 2) {
         const int first_key = range.first_key + tile * kKeys;
-        const int tile_begin = max(range.begin - first_key, 0), tile_end = min(range.end - first_key, kKeys);
+        const int tile_begin = max(range.begin - first_key, 0), tile_end = max(min(range.end - first_key, kKeys), 0);
         const int begin = max(tile_begin, first_in_tile), end = min(tile_end, first_in_tile + block_size);
         const scalar_t* src = nullptr;
         if (begin < end)
-          src = kv.block<scalar_t, kHeadDim>(0, block_table[(first_key + first_in_tile) >> block_shift], walk.kv_head,
+          src = kv.block<scalar_t, kHeadDim>(part, block_table[(first_key + first_in_tile) >> block_shift], walk.kv_head,
                                              block_size) +
-                panel * block_size * 64 + (begin - first_in_tile) * 64;
-        for (int is_value = 0; is_value < 2; ++is_value, ++fill) {
-          const int slot = fill % kSlots;
-          if (fill >= kSlots) mbarrier_wait(empty + slot, (fill / kSlots - 1) % 2);
-          scalar_t* to = ring + slot * kTileSize;
+                (panel * block_size + begin - first_in_tile) * 64;
+        const int slot = fill % kSlots;
+        if (fill >= kSlots) mbarrier_wait(empty + slot, (fill / kSlots - 1) % 2);
+        scalar_t* to = ring + slot * kTileSize;
+        if (is_value && (tile_begin > 0 || tile_end < kKeys)) {
           // Values outside of the range get a weight of 0, but what is there may be NaN.
           const auto clear = [&](int first, int last) {
             for (int i = first * TileLayout::kChunks + lane; i < last * TileLayout::kChunks; i += kWarpSize)
               store_vec(to + TileLayout::offset(i / TileLayout::kChunks, i % TileLayout::kChunks), Vec<scalar_t>{});
           };
-          if (is_value && (tile_begin > 0 || tile_end < kKeys)) {
-            clear(0, tile_begin);
-            clear(max(tile_end, 0), kKeys);
-            fence_proxy_async();
-          }
-          __syncwarp();
-          if (lane == 0)
-            mbarrier_arrive_expect_tx(full + slot, max(0, tile_end - tile_begin) * kHeadDim * (int)sizeof(scalar_t));
-          __syncwarp();
-          if (begin < end)
-            bulk_copy(to + panel * TileLayout::kPanel + begin * 64, src + (is_value ? kv.v_offset : kv.k_offset),
-                      (end - begin) * 64 * (int)sizeof(scalar_t), full + slot);
+          clear(0, tile_begin);
+          clear(tile_end, kKeys);
+          fence_proxy_async();
         }
+        __syncwarp();
+        if (lane == 0)
+          mbarrier_arrive_expect_tx(full + slot, (tile_end - tile_begin) * kHeadDim * (int)sizeof(scalar_t));
+        __syncwarp();
+        if (begin < end)
+          bulk_copy(to + panel * TileLayout::kPanel + begin * 64, src, (end - begin) * 64 * (int)sizeof(scalar_t),
+                    full + slot);
       }
     }
   } else if (threadIdx.x < kGroup) {  // fetches queries
-    setmaxnreg_dec<40>();
+    setmaxnreg_dec<56>();
     for (int fill = 0; walk.next(); ++fill) {
       const int slot = fill % kQueryTiles;
       if (fill >= kQueryTiles) mbarrier_wait(queries_empty + slot, (fill / kQueryTiles - 1) % 2);
       const PrefillRows rows = rows_of_tile();
       rows.copy<QueryLayout, kRows, kQueryThreads>(queries + slot * kQuerySize, qkv, walk.first_row,
-                                                   threadIdx.x - kWarpSize);
+                                                   threadIdx.x - 2 * kWarpSize);
       cp_async_commit_group();
       cp_async_wait_group<0>();
       fence_proxy_async();
       mbarrier_arrive(queries_full + slot);
     }
   } else {
-    setmaxnreg_inc<232>();
+    setmaxnreg_inc<224>();
     const int warp = threadIdx.x / kWarpSize - 4;
     const Turns turns(warp / 4);
     int fill = 0;        // that is next to be multiplied: of keys, if even, of values, if odd
@@ -324,9 +324,9 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
       release(fill);
       softmax(range.first_key, factors);  // there are no sums yet to move
       round_weights();
+      if (range.num_tiles > 1) wait_for(fill + 2);
       for (int tile = 1; tile < range.num_tiles; ++tile, fill += 2) {
         wait_for(fill + 1);
-        wait_for(fill + 2);
         turns.take();
         start_scores(fill + 2);
         start_values(fill + 1);
@@ -335,6 +335,8 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
         wgmma_hold(scores);
         release(fill + 2);
         softmax(range.first_key + tile * kKeys, factors);
+        // The next keys are waited for here, as the wait keeps ptxas from moving the one for the values before the softmax.
+        if (tile + 1 < range.num_tiles) wait_for(fill + 4);
         wgmma_wait_group<0>();  // the values
         wgmma_hold(sums);
         release(fill + 1);
