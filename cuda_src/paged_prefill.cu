@@ -45,7 +45,8 @@ paged_prefill(scalar_t* __restrict__ out,               // [num_tokens, num_head
   const int kv_head = blockIdx.x, seq = first_seq + blockIdx.y;
   griddepcontrol_wait();
   griddepcontrol_launch_dependents();
-  const PrefillRows rows(query_start_loc, seq_lens, seq, kv_head, kv.num_kv_heads, num_heads / kv.num_kv_heads);
+  const PrefillRows rows(query_start_loc, seq_lens, seq, kv_head, kv.num_kv_heads,
+                         Divisor(num_heads / kv.num_kv_heads));
   const int first_row = (gridDim.z - 1 - blockIdx.z) * kRows;
   if (first_row >= rows.num_rows) return;  // the whole thread block
 

@@ -24,7 +24,7 @@ constexpr int kGroup = 128;              // threads of a warpgroup
 constexpr int kConsumers = 2;            // warpgroups that multiply
 constexpr int kGroupRows = 64;           // query rows of each
 constexpr int kRows = kConsumers * kGroupRows;
-constexpr int kSlots = 4;                // tiles in the ring: keys in the even ones, values in the odd ones
+constexpr int kSlots = 2;                // tiles of keys, and as many of values: in use, and on its way
 constexpr int kQueryTiles = 2;           // of the queries: in use, and on its way
 constexpr int kQueryThreads = kGroup - 2 * kWarpSize;  // that fetch queries
 
@@ -40,6 +40,21 @@ struct PanelLayout {
   }
 };
 
+// A tile of query rows, and the keys begin .. end - 1 that it needs, in tiles that begin at multiples of kKeys.
+template <int kKeys>
+struct RowTile {
+  PrefillRows rows;
+  int first_row;
+  int begin, end;
+  int first_key;  // of the first tile
+  int num_tiles;  // one at least, if of no keys
+
+  __device__ __forceinline__ RowTile(const PrefillRows& rows, int first_row, int window)
+      : rows(rows), first_row(first_row), begin(max(0, rows.end_of(first_row) - window)),
+        end(rows.end_of(first_row + kRows - 1)), first_key(begin / kKeys * kKeys),
+        num_tiles(max(1, ceil_div(end - first_key, kKeys))) {}
+};
+
 // The tiles of query rows that a thread block takes. Those of all sequences and kv heads stand in one order, the last
 // rows first, and are dealt out to the thread blocks forth and back, so that each gets as many long ones.
 // A warp walks as one. Each warp that needs to know walks for itself.
@@ -47,46 +62,45 @@ class TileWalk {
  public:
   int seq, kv_head, first_row;  // of the tile, once next() has been called
 
-  __device__ __forceinline__ TileWalk(const int* query_start_loc, int first_seq, int num_seqs, int num_kv_heads,
-                                      int group, int num_row_tiles)
-      : query_start_loc_(query_start_loc + first_seq), first_seq_(first_seq), num_seqs_(num_seqs),
-        num_kv_heads_(num_kv_heads), group_(group), num_places_(num_row_tiles * num_seqs) {}
+  __device__ __forceinline__ TileWalk(const int* query_start_loc,  // of the first sequence on
+                                      int num_seqs, int num_row_tiles, int num_kv_heads, int group)
+      : query_start_loc_(query_start_loc), num_seqs_(num_seqs), num_kv_heads_(num_kv_heads), group_(group),
+        num_row_tiles_(num_row_tiles) {}
 
   // Whether there is another tile.
   __device__ __forceinline__ bool next() {
-    const int turn = round_ % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-    const int tile = round_ * gridDim.x + turn;
+    const int tile = round_ * gridDim.x + (round_ % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
     ++round_;
     const int wanted = tile / num_kv_heads_;
     while (wanted >= passed_ + __popc(present_)) {
       passed_ += __popc(present_);
       place_ += kWarpSize;
-      if (place_ >= num_places_) return false;
+      if (place_ >= num_row_tiles_ * num_seqs_) return false;
       present_ = __ballot_sync(kFullMask, is_present(place_ + threadIdx.x % kWarpSize));
     }
     unsigned rest = present_;
     for (int i = passed_; i < wanted; ++i) rest &= rest - 1;
     const int place = place_ + __ffs(rest) - 1;
-    seq = first_seq_ + place % num_seqs_;
-    kv_head = tile % num_kv_heads_;
+    seq = place % num_seqs_;
     first_row = first_row_of(place);
+    kv_head = tile % num_kv_heads_;
     return true;
   }
 
  private:
   __device__ __forceinline__ int first_row_of(int place) const {
-    return ((num_places_ - 1 - place) / num_seqs_) * kRows;
+    return (num_row_tiles_ - 1 - place / num_seqs_) * kRows;
   }
-
   __device__ __forceinline__ bool is_present(int place) const {
-    if (place >= num_places_) return false;
+    if (place >= num_row_tiles_ * num_seqs_) return false;
     const int* start = query_start_loc_ + place % num_seqs_;
     return first_row_of(place) < (start[1] - start[0]) * group_;
   }
 
   const int* query_start_loc_;
-  int first_seq_, num_seqs_, num_kv_heads_, group_;
-  int num_places_;          // for a tile: (row tile, sequence), whether that sequence has so many rows or not
+  Divisor num_seqs_, num_kv_heads_;
+  int group_, num_row_tiles_;
+  // A place for a tile is a (row tile, sequence), whether the sequence has so many rows or not.
   int place_ = -kWarpSize;  // the first of the 32 that are looked at
   unsigned present_ = 0;    // which of them are tiles
   int passed_ = 0;          // tiles before them
@@ -109,19 +123,7 @@ class Turns {
   int group_;
 };
 
-// The keys that a tile of query rows needs: begin .. end - 1, in tiles that begin at multiples of kKeys.
-template <int kKeys>
-struct KeyRange {
-  int begin, end;
-  int first_key;  // of the first tile
-  int num_tiles;  // one at least, if of no keys
-
-  __device__ __forceinline__ KeyRange(const PrefillRows& rows, int first_row, int window)
-      : begin(max(0, rows.end_of(first_row) - window)), end(rows.end_of(first_row + kRows - 1)),
-        first_key(begin / kKeys * kKeys), num_tiles(max(1, ceil_div(end - first_key, kKeys))) {}
-};
-
-// Any grid (g), of 1 + kConsumers warpgroups.
+// Grid: any number of thread blocks of 1 + kConsumers warpgroups; as many as SMs is best.
 template <typename scalar_t,  // __half or __nv_bfloat16: q, cache, out
           int kHeadDim,       // dimensions of a head: 64 or 128
           int kKeys>          // keys a tile
@@ -143,16 +145,21 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
 
   DYNAMIC_SHARED(shared);
   scalar_t* queries = reinterpret_cast<scalar_t*>(shared + (1024 - shared_address(shared) % 1024) % 1024);
-  scalar_t* ring = queries + kQueryTiles * kQuerySize;  // [kSlots][kKeys, kHeadDim]
-  scalar_t* staged = ring + kSlots * kTileSize;         // [4 * kConsumers warps][16, 64]
-  auto* full = reinterpret_cast<unsigned long long*>(staged + kRows * 64);  // [kSlots]
-  auto* empty = full + kSlots;                                              // [kSlots]
-  auto* queries_full = empty + kSlots;                                      // [kQueryTiles]
-  auto* queries_empty = queries_full + kQueryTiles;                         // [kQueryTiles]
+  scalar_t* keys = queries + kQueryTiles * kQuerySize;  // [kSlots][kKeys, kHeadDim]
+  scalar_t* values = keys + kSlots * kTileSize;         // [kSlots][kKeys, kHeadDim]
+  scalar_t* staged = values + kSlots * kTileSize;       // [4 * kConsumers warps][16, 64]
+  auto* keys_full = reinterpret_cast<unsigned long long*>(staged + kRows * 64);  // [kSlots]
+  auto* keys_empty = keys_full + kSlots;                                         // [kSlots]
+  auto* values_full = keys_empty + kSlots;                                       // [kSlots]
+  auto* values_empty = values_full + kSlots;                                     // [kSlots]
+  auto* queries_full = values_empty + kSlots;                                    // [kQueryTiles]
+  auto* queries_empty = queries_full + kQueryTiles;                              // [kQueryTiles]
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < kSlots; ++slot) {
-      mbarrier_init(full + slot, 1);
-      mbarrier_init(empty + slot, kConsumers * 4);
+      mbarrier_init(keys_full + slot, 1);
+      mbarrier_init(values_full + slot, 1);
+      mbarrier_init(keys_empty + slot, kConsumers * 4);
+      mbarrier_init(values_empty + slot, kConsumers * 4);
     }
     for (int slot = 0; slot < kQueryTiles; ++slot) {
       mbarrier_init(queries_full + slot, kQueryThreads);
@@ -161,15 +168,19 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
     mbarrier_init_fence();
   }
   __syncthreads();
-  griddepcontrol_wait();
-  griddepcontrol_launch_dependents();
 
   const int lane = threadIdx.x % kWarpSize;
-  const int group = num_heads / kv.num_kv_heads;
-  TileWalk walk(query_start_loc, first_seq, num_seqs, kv.num_kv_heads, group, num_row_tiles);
-  const auto rows_of_tile = [&] {
-    return PrefillRows(query_start_loc, seq_lens, walk.seq, walk.kv_head, kv.num_kv_heads, group);
+  const Divisor group(num_heads / kv.num_kv_heads);
+  query_start_loc += first_seq;
+  seq_lens += first_seq;
+  block_tables += (long long)first_seq * max_blocks;
+  TileWalk walk(query_start_loc, num_seqs, num_row_tiles, kv.num_kv_heads, group);
+  const auto row_tile = [&] {
+    const PrefillRows rows(query_start_loc, seq_lens, walk.seq, walk.kv_head, kv.num_kv_heads, group);
+    return RowTile<kKeys>(rows, walk.first_row, window);
   };
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
 
   if (threadIdx.x < 2 * kWarpSize) {  // the first warp fetches keys, the second values
     setmaxnreg_dec<56>();
@@ -178,13 +189,16 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
     static_assert(kKeys / 8 * kPanels <= kWarpSize, "blocks have 8 rows at least");
     const bool is_value = threadIdx.x >= kWarpSize;
     const long long part = is_value ? kv.v_offset : kv.k_offset;
+    scalar_t* tiles = is_value ? values : keys;
+    auto* full = is_value ? values_full : keys_full;
+    auto* empty = is_value ? values_empty : keys_empty;
     const int block_size = 1 << block_shift;
     const int panel = lane % kPanels, first_in_tile = lane / kPanels * block_size;
-    int fill = is_value;
+    int fill = 0;
     while (walk.next()) {
-      const KeyRange<kKeys> range(rows_of_tile(), walk.first_row, window);
+      const RowTile<kKeys> range = row_tile();
       const int* block_table = block_tables + (long long)walk.seq * max_blocks;
-      for (int tile = 0; tile < range.num_tiles; ++tile, fill += 2) {
+      for (int tile = 0; tile < range.num_tiles; ++tile, ++fill) {
         const int first_key = range.first_key + tile * kKeys;
         const int tile_begin = max(range.begin - first_key, 0), tile_end = max(min(range.end - first_key, kKeys), 0);
         const int begin = max(tile_begin, first_in_tile), end = min(tile_end, first_in_tile + block_size);
@@ -195,7 +209,7 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
                 (panel * block_size + begin - first_in_tile) * 64;
         const int slot = fill % kSlots;
         if (fill >= kSlots) mbarrier_wait(empty + slot, (fill / kSlots - 1) % 2);
-        scalar_t* to = ring + slot * kTileSize;
+        scalar_t* to = tiles + slot * kTileSize;
         if (is_value && (tile_begin > 0 || tile_end < kKeys)) {
           // Values outside of the range get a weight of 0, but what is there may be NaN.
           const auto clear = [&](int first, int last) {
@@ -220,9 +234,9 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
     for (int fill = 0; walk.next(); ++fill) {
       const int slot = fill % kQueryTiles;
       if (fill >= kQueryTiles) mbarrier_wait(queries_empty + slot, (fill / kQueryTiles - 1) % 2);
-      const PrefillRows rows = rows_of_tile();
-      rows.copy<QueryLayout, kRows, kQueryThreads>(queries + slot * kQuerySize, qkv, walk.first_row,
-                                                   threadIdx.x - 2 * kWarpSize);
+      const RowTile<kKeys> tile = row_tile();
+      tile.rows.template copy<QueryLayout, kRows, kQueryThreads>(queries + slot * kQuerySize, qkv, tile.first_row,
+                                                                 threadIdx.x - 2 * kWarpSize);
       cp_async_commit_group();
       cp_async_wait_group<0>();
       fence_proxy_async();
@@ -230,144 +244,90 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
     }
   } else {
     setmaxnreg_inc<224>();
-    const int warp = threadIdx.x / kWarpSize - 4;
+    const int warp = __shfl_sync(kFullMask, threadIdx.x / kWarpSize, 0) - 4;  // known to be one for all lanes
     const Turns turns(warp / 4);
-    int fill = 0;        // that is next to be multiplied: of keys, if even, of values, if odd
-    int query_fill = 0;  // of the queries
 
     float scores[kKeys / 2];
-    float sums[kHeadDim / 2];  // of weighted values, on the base of their row's state
     unsigned weights[kKeys / 16][4];
+    float sums[kHeadDim / 2] = {};  // of weighted values, on the base of their row's state
+    float factors[2];               // that move them to the next base
+    SoftmaxState state[2];          // of rows lane / 4 and + 8; sum is this lane's share
 
-    auto wait_for = [&](int fill) { mbarrier_wait(full + fill % kSlots, fill / kSlots % 2); };
-    auto release = [&](int fill) {
-      if (lane == 0) mbarrier_arrive(empty + fill % kSlots);
+    auto release = [&](unsigned long long* barrier) {
+      if (lane == 0) mbarrier_arrive(barrier);
     };
-    auto start_scores = [&](int fill) {
-      const scalar_t* q = queries + query_fill % kQueryTiles * kQuerySize + warp / 4 * kGroupRows * 64;
-      const scalar_t* k = ring + fill % kSlots * kTileSize;
+    auto start_scores = [&](int query_slot, int slot) {
+      const unsigned long long a = wgmma_descriptor(queries + query_slot * kQuerySize + warp / 4 * kGroupRows * 64);
+      const unsigned long long b = wgmma_descriptor(keys + slot * kTileSize);
       wgmma_fence();
 #pragma unroll
-      for (int panel = 0; panel < kHeadDim / 64; ++panel) {
-        const unsigned long long a = wgmma_descriptor(q + panel * QueryLayout::kPanel);
-        const unsigned long long b = wgmma_descriptor(k + panel * TileLayout::kPanel);
-#pragma unroll
-        for (int part = 0; part < 4; ++part) {
-          if (panel == 0 && part == 0)
-            wgmma_ss<scalar_t, false>(scores, a, b);
-          else
-            wgmma_ss<scalar_t>(scores, a + 2 * part, b + 2 * part);
-        }
+      for (int i = 0; i < kHeadDim / 16; ++i) {
+        const int a_offset = (i / 4 * QueryLayout::kPanel + i % 4 * 16) / 8, b_offset = (i / 4 * TileLayout::kPanel + i % 4 * 16) / 8;
+        if (i == 0)
+          wgmma_ss<scalar_t, false>(scores, a, b);
+        else
+          wgmma_ss<scalar_t>(scores, a + a_offset, b + b_offset);
       }
       wgmma_commit_group();
     };
-    auto start_values = [&](int fill) {
-      const unsigned long long b = wgmma_transposed(ring + fill % kSlots * kTileSize,
-                                                    TileLayout::kPanel * (int)sizeof(scalar_t));
+    auto start_values = [&](int slot) {
+      const unsigned long long b = wgmma_transposed(values + slot * kTileSize, TileLayout::kPanel * (int)sizeof(scalar_t));
       wgmma_fence();
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) wgmma_rs<scalar_t>(sums, weights[n], b + 128 * n);
       wgmma_commit_group();
+    };
+    // Turns scores of keys from `key` on into weights, still in float32.
+    auto softmax = [&](const RowTile<kKeys>& tile, int key) {
+      const int warp_row = tile.first_row + warp * 16;
+      if (key + kKeys > tile.rows.end_of(warp_row) || key < tile.rows.end_of(warp_row + 15) - window) {
+        // Some row doesn't see all of them.
+        const int ends[2] = {tile.rows.end_of(warp_row + lane / 4), tile.rows.end_of(warp_row + lane / 4 + 8)};
+#pragma unroll
+        for (int i = 0; i < kKeys / 2; ++i) {
+          const int end = ends[i / 2 % 2] - key - lane % 4 * 2;  // counted from this lane's first key
+          const int place = i / 4 * 8 + i % 2;
+          if (place >= end || place < end - window) scores[i] = kNegInf;
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float top = kNegInf;
+#pragma unroll
+        for (int i = 2 * half; i < kKeys / 2; i += 4) top = fmaxf(top, fmaxf(scores[i], scores[i + 1]));
+        top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2));  // now over the row's four lanes
+        factors[half] = state[half].raise_max(top * scale);
+        const float base = state[half].base();
+#pragma unroll
+        for (int i = 2 * half; i < kKeys / 2; i += 4) {
+          scores[i] = ex2_approx_ftz(fmaf(scores[i], scale, -base));
+          scores[i + 1] = ex2_approx_ftz(fmaf(scores[i + 1], scale, -base));
+          state[half].sum += scores[i] + scores[i + 1];
+        }
+      }
     };
     auto round_weights = [&] {
 #pragma unroll
       for (int i = 0; i < kKeys / 2; i += 2)
         weights[i / 8][i / 2 % 4] = pack_pair<scalar_t>(scores[i], scores[i + 1]);
     };
-
-    while (walk.next()) {
-      const PrefillRows rows = rows_of_tile();
-      const KeyRange<kKeys> range(rows, walk.first_row, window);
-      const int warp_row = walk.first_row + warp * 16;  // the first row of the warp
-      const int row_end[2] = {rows.end_of(warp_row + lane / 4), rows.end_of(warp_row + lane / 4 + 8)};
-      const int warp_first_end = rows.end_of(warp_row), warp_last_end = rows.end_of(warp_row + 15);
-      SoftmaxState state[2];  // of rows lane / 4 and + 8; sum is this lane's share
-
-      // Turns scores into weights, still in float32, and gives the factors that move sums to the rows' new bases.
-      auto softmax = [&](int key, float (&factors)[2]) {
-        if (key + kKeys > warp_first_end || key < warp_last_end - window) {  // some row doesn't see all of the tile
-#pragma unroll
-          for (int i = 0; i < kKeys / 2; ++i) {
-            const int end = row_end[i / 2 % 2] - key - lane % 4 * 2;  // counted from this lane's first key
-            const int place = i / 4 * 8 + i % 2;
-            if (place >= end || place < end - window) scores[i] = kNegInf;
-          }
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float top = kNegInf;
-#pragma unroll
-          for (int i = 2 * half; i < kKeys / 2; i += 4) top = fmaxf(top, fmaxf(scores[i], scores[i + 1]));
-          top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 1));
-          top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2));  // now over the row's four lanes
-          factors[half] = state[half].raise_max(top * scale);
-          const float base = state[half].base();
-#pragma unroll
-          for (int i = 2 * half; i < kKeys / 2; i += 4) {
-            scores[i] = ex2_approx_ftz(fmaf(scores[i], scale, -base));
-            scores[i + 1] = ex2_approx_ftz(fmaf(scores[i + 1], scale, -base));
-            state[half].sum += scores[i] + scores[i + 1];
-          }
-        }
-      };
-
-      float factors[2];
-      mbarrier_wait(queries_full + query_fill % kQueryTiles, query_fill / kQueryTiles % 2);
-      wait_for(fill);
-      turns.take();
-      start_scores(fill);
-      turns.pass();
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) sums[i] = 0.f;
-      wgmma_wait_group<0>();
-      wgmma_hold(scores);
-      release(fill);
-      softmax(range.first_key, factors);  // there are no sums yet to move
-      round_weights();
-      if (range.num_tiles > 1) wait_for(fill + 2);
-      for (int tile = 1; tile < range.num_tiles; ++tile, fill += 2) {
-        wait_for(fill + 1);
-        turns.take();
-        start_scores(fill + 2);
-        start_values(fill + 1);
-        turns.pass();
-        wgmma_wait_group<1>();  // the scores
-        wgmma_hold(scores);
-        release(fill + 2);
-        softmax(range.first_key + tile * kKeys, factors);
-        // The next keys are waited for here, as the wait keeps ptxas from moving the one for the values before the softmax.
-        if (tile + 1 < range.num_tiles) wait_for(fill + 4);
-        wgmma_wait_group<0>();  // the values
-        wgmma_hold(sums);
-        release(fill + 1);
-#pragma unroll
-        for (int i = 0; i < kHeadDim / 2; ++i) sums[i] *= factors[i / 2 % 2];
-        round_weights();
-      }
-      if (lane == 0) mbarrier_arrive(queries_empty + query_fill % kQueryTiles);
-      ++query_fill;
-      wait_for(fill + 1);
-      turns.take();
-      start_values(fill + 1);
-      turns.pass();
-      wgmma_wait_group<0>();
-      wgmma_hold(sums);
-      release(fill + 1);
-      fill += 2;
-
-      // This warp's 16 rows of results, some dimensions at a time, through shared memory into whole vectors.
+    // The last factors of a tile's sums.
+    auto finish = [&](float (&last_factors)[2]) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float& sum = state[half].sum;
         sum += __shfl_xor_sync(kFullMask, sum, 1);
         sum += __shfl_xor_sync(kFullMask, sum, 2);
-        const float factor = state[half].inverse_sum();
-#pragma unroll
-        for (int i = 2 * half; i < kHeadDim / 2; i += 4) {
-          sums[i] *= factor;
-          sums[i + 1] *= factor;
-        }
+        last_factors[half] = state[half].inverse_sum();
       }
+    };
+    auto scale_sums = [&](const float (&factors)[2]) {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) sums[i] *= factors[i / 2 % 2];
+    };
+    // Stores this warp's 16 rows of sums, some dimensions at a time, through shared memory in whole vectors.
+    auto store = [&](const RowTile<kKeys>& tile) {
       scalar_t* results = staged + warp * 16 * 64;
 #pragma unroll
       for (int start = 0; start < kHeadDim; start += 64) {
@@ -377,7 +337,87 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
           *reinterpret_cast<unsigned*>(results + StagedLayout::offset(lane / 4 + i / 2 % 2 * 8, i / 4) + lane % 4 * 2) =
               pack_pair<scalar_t>(sums[start / 2 + i], sums[start / 2 + i + 1]);
         __syncwarp();
-        rows.store<StagedLayout, 16, kHeadDim>(out + start, results, warp_row);
+        tile.rows.template store<StagedLayout, 16, kHeadDim>(out + start, results, tile.first_row + warp * 16);
+      }
+    };
+
+    bool has_next = walk.next();
+    if (has_next) {
+      RowTile<kKeys> tile = row_tile(), next = tile;
+      int number = 0;      // of the tile's keys that are scored next
+      int query_fill = 0;  // of the queries that score them
+      int phase = 0;       // parity of the phases in which slot 0 is used next
+      mbarrier_wait(queries_full, 0);
+      mbarrier_wait(keys_full, 0);
+      turns.take();
+      start_scores(0, 0);
+      turns.pass();
+      has_next = walk.next();
+      if (has_next) next = row_tile();
+      wgmma_wait_group<0>();
+      wgmma_hold(scores);
+      release(keys_empty);
+      softmax(tile, tile.first_key);
+      mbarrier_wait(values_full, 0);
+      round_weights();
+
+      // The weights are there: weigh the values in this slot, and score the keys in the other one.
+      for (bool more = true; more; phase ^= 1) {
+#pragma unroll
+        for (int slot = 0; slot < 2; ++slot) {
+          const int other = 1 - slot, parity = phase ^ slot;  // of the other slot's phase
+          const bool is_last = ++number == tile.num_tiles;
+          const RowTile<kKeys> done = tile;
+          float last_factors[2];
+          if (is_last) {
+            finish(last_factors);
+            release(queries_empty + query_fill % kQueryTiles);
+            ++query_fill;
+            if (!has_next) {
+              turns.take();
+              start_values(slot);
+              turns.pass();
+              wgmma_wait_group<0>();
+              wgmma_hold(sums);
+              scale_sums(last_factors);
+              store(done);
+              more = false;
+              break;
+            }
+            tile = next;
+            number = 0;
+            state[0] = state[1] = SoftmaxState{};
+            mbarrier_wait(queries_full + query_fill % kQueryTiles, query_fill / kQueryTiles % 2);
+          }
+          mbarrier_wait(keys_full + other, parity);
+          turns.take();
+          start_scores(query_fill % kQueryTiles, other);
+          start_values(slot);
+          turns.pass();
+          if (is_last) {
+            has_next = walk.next();
+            if (has_next) next = row_tile();
+          }
+          wgmma_wait_group<1>();  // the scores
+          wgmma_hold(scores);
+          release(keys_empty + other);
+          softmax(tile, tile.first_key + number * kKeys);
+          // ptxas would move the wait for the products to before the softmax, if it weren't for this one, which seems to
+          // depend on it: sums of weights are never negative.
+          mbarrier_wait(values_full + other, parity ^ (state[0].sum + state[1].sum < 0.f));
+          wgmma_wait_group<0>();
+          wgmma_hold(sums);
+          release(values_empty + slot);
+          if (is_last) {
+            scale_sums(last_factors);
+            store(done);
+#pragma unroll
+            for (int i = 0; i < kHeadDim / 2; ++i) sums[i] = 0.f;
+          } else {
+            scale_sums(factors);
+          }
+          round_weights();
+        }
       }
     }
     turns.end();

@@ -3,6 +3,7 @@
 #define CUPAGED_PREFILL_ROWS_CUH
 
 #include "common.cuh"
+#include "divisor.cuh"
 #include "ptx.cuh"
 
 // A row is a (token, query head of the kv head's group), token by token: rows of a tile share its keys and values, and
@@ -12,11 +13,11 @@ struct PrefillRows {
   int num_rows;
   int context_len;  // tokens of the sequence before that one
   int kv_head, num_kv_heads;
-  int group;  // query heads a kv head
+  Divisor group;  // query heads a kv head
 
   __device__ __forceinline__ PrefillRows(const int* query_start_loc,  // [num_seqs + 1]
                                          const int* seq_lens,         // [num_seqs]
-                                         int seq, int kv_head, int num_kv_heads, int group)
+                                         int seq, int kv_head, int num_kv_heads, Divisor group)
       : first_token(query_start_loc[seq]), kv_head(kv_head), num_kv_heads(num_kv_heads), group(group) {
     const int query_len = query_start_loc[seq + 1] - first_token;
     num_rows = query_len * group;
