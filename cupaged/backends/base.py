@@ -8,7 +8,7 @@ taken in float32 whatever it is. No operation accepts overlapping input and outp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -114,6 +114,14 @@ class Backend(Protocol):
         """
 
     # -- the forward pass ----------------------------------------------------------------------------------
+
+    def for_each_layer(self, layers: Sequence[Any], arena: KVArena, run: Callable[[int, Any], None]) -> None:
+        """run(i, layers[i]) for each i, in order.
+
+        run does nothing but call operations, the same ones for each i, with the same arguments but for i, which is
+        the layer of `arena`, and the attributes of layers[i]: arrays or None, which stay where they are. So it may be
+        called for some only, and what it launches launched for the others.
+        """
 
     def embedding(self, out: Array, weight: Array, ids: Array) -> None:
         """out[i] = weight[ids[i]]: weight [rows, hidden] dtype or float32, ids [n] int32, out [n, hidden] float32. Also

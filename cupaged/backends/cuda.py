@@ -9,8 +9,8 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,10 +21,11 @@ from cupaged.engine.batch import Batch
 from cupaged.errors import DeviceError, OutOfMemoryError
 from cupaged.kernels import registry
 from cupaged.kernels.checks import C_TYPE, HALF_TYPES, ceil_div, check, check_that
-from cupaged.kernels.compile import compile_kernels, load_kernels
+from cupaged.kernels.compile import compile_kernels, load_kernels, noted_launches
 from cupaged.kernels.copy_blocks import copy_blocks
 from cupaged.kernels.device import device_info
 from cupaged.kernels.embedding import embedding
+from cupaged.kernels.layers import Layers
 from cupaged.kernels.linear import linear, linear_silu_and_mul, linear_workspace_size
 from cupaged.kernels.linear_sm90 import MIN_ROWS, linear_sm90, linear_sm90_silu_and_mul
 from cupaged.kernels.linear_small import MAX_ROWS, linear_small, linear_small_silu_and_mul
@@ -308,6 +309,7 @@ class CudaBackend:
         self._batch_buffer: Array | None = None  # uint8: all arrays of a batch
         self._decode_workspace: Array | None = None  # uint8: the partial results of split sequences
         self._linear_workspace: Array | None = None  # uint8: the partial sums of split matrix products
+        self._layers: Layers | None = None  # whose addresses are known
         self._sm90 = False  # whether Hopper's own kernels take the portable ones' place
 
     # -- memory --------------------------------------------------------------------------------------------
@@ -418,13 +420,22 @@ class CudaBackend:
                 ring.wait()
         self._copier.close()
         self._staging = self._batch_staging = self._batch_buffer = self._fetches = None
-        self._decode_workspace = self._linear_workspace = None
+        self._decode_workspace = self._linear_workspace = self._layers = None
 
     # -- the cache -----------------------------------------------------------------------------------------
 
     copy_blocks = staticmethod(copy_blocks)
 
     # -- the forward pass ----------------------------------------------------------------------------------
+
+    def for_each_layer(self, layers: Sequence[Any], arena: KVArena, run: Callable[[int, Any], None]) -> None:
+        if self._layers is None or self._layers.weights is not layers:
+            self._layers = Layers(layers, self.address)
+        with noted_launches() as launches:
+            run(0, layers[0])
+        if not self._layers.launch_others(launches, arena):
+            for i in range(1, len(layers)):
+                run(i, layers[i])
 
     take_tokens = staticmethod(take_tokens)
     embedding = staticmethod(embedding)

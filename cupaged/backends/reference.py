@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -105,6 +106,10 @@ class ReferenceBackend:
             dst.slabs[dst_slab][:, :, dst_blocks[here]] = src.slabs[src_slab][:, :, src_blocks[here]]
 
     # -- the forward pass ----------------------------------------------------------------------------------
+
+    def for_each_layer(self, layers: Sequence[Any], arena: KVArena, run: Callable[[int, Any], None]) -> None:
+        for i, layer in enumerate(layers):
+            run(i, layer)
 
     def embedding(self, out, weight, ids) -> None:
         out[...] = weight[ids]

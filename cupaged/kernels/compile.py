@@ -17,10 +17,12 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -30,7 +32,7 @@ from cupaged.cache_dir import cache_dir
 from cupaged.errors import CupagedError, DeviceError
 from cupaged.kernels.device import compiled_archs, device_info
 from cupaged.kernels.kernel_cache import KernelCache, KernelFolder
-from cupaged.kernels.launch import OverlappingLauncher, RawKernelLauncher, overlaps
+from cupaged.kernels.launch import KernelLauncher, overlaps
 from cupaged.kernels.nvrtc import load_nvrtc
 from cupaged.kernels.prebuilt import find_prebuilt
 from cupaged.kernels.tier import runs_on, use_sm90
@@ -52,9 +54,42 @@ class Kernel(Protocol):
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple, shared_mem: int = 0) -> None: ...
 
 
+class Launch(NamedTuple):
+    """A call of a kernel."""
+
+    kernel: Kernel
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    args: tuple
+    shared_mem: int
+
+
+class _Noted(threading.local):
+    launches: list[Launch] | None = None  # of this thread, while they are noted
+
+
+_noted = _Noted()
+
+
+@contextmanager
+def noted_launches() -> Iterator[list[Launch]]:
+    """A list of all that this thread's launchers launch while this lasts. It grows as they do."""
+    outer, _noted.launches = _noted.launches, []
+    try:
+        yield _noted.launches
+    finally:
+        _noted.launches = outer
+
+
 def load_kernel(file: str, name: str) -> Kernel:
     """The instantiation `name` (a C++ expression such as "rms_norm<__half, 4>") of cuda_src/`file`."""
-    return _load(file, name)
+    kernel = _load(file, name)
+    return kernel if _noted.launches is None else functools.partial(_note, kernel)
+
+
+def _note(kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], args: tuple, shared_mem: int = 0) -> None:
+    _noted.launches.append(Launch(kernel, grid, block, args, shared_mem))
+    kernel(grid, block, args, shared_mem)
 
 
 def set_loader(load: Callable[[str, str], Kernel]) -> None:
@@ -86,8 +121,7 @@ def _open_image(file: str, path: Path, symbol: str) -> Kernel:
     import cupy
 
     raw_kernel = cupy.RawModule(path=str(path)).get_function(symbol)
-    overlapping = use_sm90() and overlaps(SOURCE_DIR / file)
-    return OverlappingLauncher(raw_kernel) if overlapping else RawKernelLauncher(raw_kernel)
+    return KernelLauncher(raw_kernel, overlaps=use_sm90() and overlaps(SOURCE_DIR / file))
 
 
 def compile_kernel(file: str, name: str, arch: str) -> tuple[Path, str]:

@@ -3,9 +3,11 @@ cuda_src/paged_kv.cuh."""
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
-from cupaged.memory.arena import KVArena
+from cupaged.memory.arena import KVArena, KVLayout
 
 CHUNK_SIZE = 8  # elements that stay together: 16 bytes
 
@@ -21,18 +23,22 @@ PAGED_KV = np.dtype(
 
 
 def paged_kv(arena: KVArena, layer: int) -> np.ndarray:
-    """A 0-d array of PAGED_KV, which the loader passes by value."""
-    layout = arena.layout
-    return np.array(
-        (
-            arena.slab_table_address,
-            layout.offset(layer, 0),
-            layout.offset(layer, 1),
-            layout.slab_shift,
-            layout.num_kv_heads,
-        ),
-        dtype=PAGED_KV,
+    """A 0-d array of PAGED_KV, which the loader passes by value. The same one for each call with the same."""
+    return _paged_kv(arena.slab_table_address, arena.layout, layer)
+
+
+@functools.lru_cache(maxsize=4096)
+def _paged_kv(slab_table_address: int, layout: KVLayout, layer: int) -> np.ndarray:
+    values = (
+        slab_table_address,
+        layout.offset(layer, 0),
+        layout.offset(layer, 1),
+        layout.slab_shift,
+        layout.num_kv_heads,
     )
+    struct = np.array(values, dtype=PAGED_KV)
+    struct.flags.writeable = False
+    return struct
 
 
 def chunk_places(block_size: int, head_dim: int) -> np.ndarray:

@@ -70,13 +70,14 @@ class Decoder:
         self._check_fits("tokens", n, "max_num_tokens", self._x)
         residual, x = self._residual[:n], self._x[:n]
 
-        ops.embedding(residual, weights.embed_tokens, batch.token_ids)
-        for index, layer in enumerate(weights.layers):
+        def run_layer(index: int, layer: LayerWeights) -> None:
             ops.rms_norm(x, residual, layer.input_norm, eps)
             self._attention(residual, x, layer, index, batch, arena)
             ops.rms_norm(x, residual, layer.post_attention_norm, eps)
             self._mlp(residual, x, layer)
 
+        ops.embedding(residual, weights.embed_tokens, batch.token_ids)
+        ops.for_each_layer(weights.layers, arena, run_layer)
         return self.compute_logits(batch.logits_indices)
 
     def compute_logits(self, indices: Array) -> Array:
