@@ -33,8 +33,7 @@ class PreparedLaunch(NamedTuple):
 
 
 class KernelLauncher:
-    """Launches a cupy.RawKernel through the driver's cuLaunchKernelEx. CuPy's own launches have no attributes, and take
-    twice as long.
+    """Launches a cupy.RawKernel through the driver's cuLaunchKernelEx, as CuPy's own launches have no attributes.
 
     overlaps: launches may begin while the kernel before them on the stream ends ("programmatic dependent launch" in the
     CUDA C++ Programming Guide); the kernel waits itself, see griddepcontrol_wait in ptx.cuh. Capturing a stream keeps

@@ -10,15 +10,16 @@ into the arguments: 2 us.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupaged.kernels.compile import Launch
-from cupaged.kernels.launch import check_status
+from cupaged.kernels.launch import KernelLauncher, check_status
 from cupaged.kernels.paged_kv import paged_kv
+from cupaged.kernels.tensor_map import TensorMap, tensor_map
 from cupaged.memory.arena import KVArena
 
 Array = Any
@@ -35,22 +36,18 @@ class Layers:
     """weights: of each layer an object whose attributes are arrays or None, as models.parameters.LayerWeights. These
     stay where they are from now on. address: of an array."""
 
-    def __init__(self, weights: Sequence[Any], address):
+    def __init__(self, weights: Sequence[Any], address: Callable[[Array], int]):
         self.weights = weights
-        columns = list(zip(*(vars(layer).values() for layer in weights), strict=True))
-        arrays = [column for column in columns if any(array is not None for array in column)]
-        self.are_alike = all(_are_alike(column, address) for column in arrays)
-        self._places: list[tuple[int, int, int, ByLayer]] = []  # (address, bytes, layer, the argument), by address
-        if not self.are_alike:
-            return
-        for column in arrays:
-            addresses = [address(array) for array in column]
-            by_layer = ByLayer(column, [(0, addresses)])
-            self._places += [(start, column[0].nbytes, i, by_layer) for i, start in enumerate(addresses)]
-        self._places.sort(key=lambda place: place[:3])
-        self._starts = [place[0] for place in self._places]
         self._address = address
-        self._cache: tuple[KVArena, ByLayer] | None = None
+        columns = list(zip(*(vars(layer).values() for layer in weights), strict=True))
+        columns = [column for column in columns if any(array is not None for array in column)]
+        self._are_alike = all(_are_alike(column, address) for column in columns)
+        places = []  # (address, layer, that layer and the others' arrays)
+        for column in columns if self._are_alike else ():
+            places += [(address(array), layer, column) for layer, array in enumerate(column)]
+        self._places = sorted(places, key=lambda place: place[:2])
+        self._starts = [place[0] for place in self._places]
+        self._known: dict[Hashable, ByLayer] = {}  # arguments that were asked for before
 
     def launch_others(self, launches: Sequence[Launch], arena: KVArena) -> bool:
         """Launch for each layer but the first what was launched for that, in the same order.
@@ -58,45 +55,65 @@ class Layers:
         arena: the cache whose layers the launches read and write. Returns False, with nothing launched, where an
         argument leaves open what it would be for another layer.
         """
-        if not self.are_alike:
+        if not self._are_alike:
             return False
-        if self._cache is None or self._cache[0] is not arena:
-            self._cache = arena, cache_by_layer(arena)
-        cache, places = self._cache[1], []
-        for launch in launches:
-            by_layer = {}
-            for i, arg in enumerate(launch.args):
-                if isinstance(arg, np.generic):
-                    continue
-                if arg.ndim == 0 and isinstance(arg, np.ndarray):
-                    if arg is not cache.arguments[0]:
-                        return False
-                    by_layer[i] = cache
-                elif (place := self._place(arg)) is not None:
-                    start, _, layer, own = place
-                    if layer != 0 or start != self._address(arg):
-                        return False
-                    by_layer[i] = own
-            places.append(by_layer)
-        if all(hasattr(launch.kernel, "prepare") for launch in launches):
-            self._launch_prepared(launches, places)
+        try:
+            own = [
+                {i: found for i, arg in enumerate(launch.args) if (found := self._by_layer(arg, arena)) is not None}
+                for launch in launches
+            ]
+        except _IsOpenError:
+            return False
+        if all(isinstance(launch.kernel, KernelLauncher) for launch in launches):
+            self._launch_prepared(launches, own)
         else:
-            self._launch_plainly(launches, places)
+            self._launch_plainly(launches, own)
         return True
 
-    def _place(self, array: Array) -> tuple[int, int, int, ByLayer] | None:
-        """The one of the weights that begins at, or contains, the array's address."""
-        address = self._address(array)
-        i = bisect_right(self._starts, address) - 1
-        while i > 0 and self._starts[i - 1] == self._starts[i]:
-            i -= 1  # layers that share a weight: the first
-        return self._places[i] if i >= 0 and address < self._starts[i] + self._places[i][1] else None
+    def _by_layer(self, arg, arena: KVArena) -> ByLayer | None:
+        """What takes the place of the first layer's argument; None for what they share."""
+        if isinstance(arg, np.generic):
+            return None
+        if isinstance(arg, TensorMap):
+            address, *shape, _, box_rows = arg.described
+            if (column := self._column_at(address)) is None:
+                return None
+            if column[0].shape != tuple(shape):
+                raise _IsOpenError
+            return self._know((address, box_rows), lambda: _structs([tensor_map(array, box_rows) for array in column]))
+        if isinstance(arg, np.ndarray) and arg.ndim == 0:
+            if arg is not paged_kv(arena, 0):
+                raise _IsOpenError
+            layout = arena.layout
+            caches = (paged_kv(arena, layer) for layer in range(layout.num_layers))
+            return self._know((arena.slab_table_address, layout), lambda: _structs(list(caches)))
+        if (column := self._column_at(self._address(arg))) is None:
+            return None
+        return self._know(self._address(arg), lambda: ByLayer(column, [(0, list(map(self._address, column)))]))
 
-    def _launch_prepared(self, launches: Sequence[Launch], places: Sequence[dict[int, ByLayer]]) -> None:
+    def _know(self, key: Hashable, make: Callable[[], ByLayer]) -> ByLayer:
+        if (known := self._known.get(key)) is None:
+            known = self._known[key] = make()
+        return known
+
+    def _column_at(self, address: int) -> Sequence[Array] | None:
+        """The first layer's array that is there, and the others'; None if it is no layer's."""
+        i = bisect_right(self._starts, address) - 1
+        if i < 0:
+            return None
+        i = bisect_left(self._starts, self._starts[i])  # layers that share an array: the first
+        start, layer, column = self._places[i]
+        if address >= start + column[0].nbytes:
+            return None
+        if layer != 0 or address != start:
+            raise _IsOpenError
+        return column
+
+    def _launch_prepared(self, launches: Sequence[Launch], own: Sequence[dict[int, ByLayer]]) -> None:
         prepared = []
-        for (kernel, *what), by_layer in zip(launches, places, strict=True):
+        for (kernel, *what), by_layer in zip(launches, own, strict=True):
             words, starts, call = kernel.prepare(*what)
-            changes = [(starts[i] + word, values) for i, own in by_layer.items() for word, values in own.words]
+            changes = [(starts[i] + word, values) for i, arg in by_layer.items() for word, values in arg.words]
             prepared.append((words, changes, call))
         for layer in range(1, len(self.weights)):
             for words, changes, call in prepared:
@@ -105,23 +122,25 @@ class Layers:
                 if status := call():
                     check_status(status)
 
-    def _launch_plainly(self, launches: Sequence[Launch], places: Sequence[dict[int, ByLayer]]) -> None:
+    def _launch_plainly(self, launches: Sequence[Launch], own: Sequence[dict[int, ByLayer]]) -> None:
         """For kernels that launch.KernelLauncher doesn't launch."""
         for layer in range(1, len(self.weights)):
-            for (kernel, grid, block, args, shared_mem), by_layer in zip(launches, places, strict=True):
+            for (kernel, grid, block, args, shared_mem), by_layer in zip(launches, own, strict=True):
                 args = [by_layer[i].arguments[layer] if i in by_layer else arg for i, arg in enumerate(args)]
                 kernel(grid, block, tuple(args), shared_mem)
 
 
-def _are_alike(arrays: Sequence[Array | None], address) -> bool:
+def _are_alike(arrays: Sequence[Array | None], address: Callable[[Array], int]) -> bool:
     """Whether what is launched for one of them can be launched for each: they agree in all that launchers look at."""
     if not all(hasattr(array, "shape") for array in arrays):
         return False
     return len({(array.shape, array.dtype, array.flags.c_contiguous, address(array) % 16) for array in arrays}) == 1
 
 
-def cache_by_layer(arena: KVArena) -> ByLayer:
-    """The cache as an argument."""
-    structs = [paged_kv(arena, layer) for layer in range(arena.layout.num_layers)]
+def _structs(structs: Sequence[np.ndarray]) -> ByLayer:
     words = np.array([np.frombuffer(struct.tobytes(), np.uint64) for struct in structs])
     return ByLayer(structs, [(i, column.tolist()) for i, column in enumerate(words.T) if (column != column[0]).any()])
+
+
+class _IsOpenError(Exception):
+    """What another layer's argument would be can't be told."""

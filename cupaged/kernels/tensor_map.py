@@ -29,12 +29,18 @@ MAX_BOX_ROWS = 256
 Encoder = Callable[[int, int, int, np.dtype, int], np.ndarray]
 
 
-def tensor_map(array, box_rows: int) -> np.ndarray:
+class TensorMap(np.ndarray):
+    """A 0-d array of TENSOR_MAP. described: (address, rows, columns, dtype, rows of a box)."""
+
+    described: tuple[int, int, int, np.dtype, int]
+
+
+def tensor_map(array, box_rows: int) -> TensorMap:
     """What tells tensor_copy of a matrix [rows, columns], bfloat16 or float16, and of its boxes [box_rows, 64].
 
-    Returns a 0-d array of TENSOR_MAP, which the loader passes by value. A map holds the array's address and shape, not
-    what is in it. Raises ValueError for an array whose rows the copy engine can't address: they must be multiples of
-    16 bytes, from a multiple of 16 on.
+    Returns what the loader passes by value, the same for each call with the same. A map holds the array's address and
+    shape, not what is in it. Raises ValueError for an array whose rows the copy engine can't address: they must be
+    multiples of 16 bytes, from a multiple of 16 on.
     """
     check_dtype("array", array, HALF_TYPES)
     check("array", array, (None, None), array.dtype)
@@ -52,8 +58,9 @@ def set_encoder(encode: Encoder) -> None:
 
 
 @functools.lru_cache(maxsize=8192)  # some hundred weights, and a few activations at each number of rows
-def _cached(encode: Encoder, *arguments) -> np.ndarray:
-    encoded = encode(*arguments)
+def _cached(encode: Encoder, *arguments) -> TensorMap:
+    encoded = encode(*arguments).view(TensorMap)
+    encoded.described = arguments
     encoded.setflags(write=False)
     return encoded
 

@@ -13,11 +13,14 @@ from cupaged.backends import cuda
 from cupaged.backends.cuda import CudaBackend
 from cupaged.kernels import compile as compiler
 from cupaged.kernels import launch
+from cupaged.kernels import tensor_map as tensor_map_module
 from cupaged.kernels.checks import BFLOAT16, FLOAT32
+from cupaged.kernels.compile import NULL, load_kernel
 from cupaged.kernels.device import set_device_info
 from cupaged.kernels.launch import KernelLauncher
 from cupaged.kernels.layers import Layers
 from cupaged.kernels.rms_norm import rms_norm
+from cupaged.kernels.tensor_map import TENSOR_MAP, tensor_map
 from cupaged.memory.arena import KVArena, KVLayout
 from cupaged.models.parameters import LayerWeights
 from kernel_tools import poisoned
@@ -31,7 +34,7 @@ class Driver:
 
     def cuLaunchKernelEx(self, config, function, parameters, extra):
         addresses = list(parameters)
-        ends = [*addresses[1:], addresses[-1] + 8]  # arguments lie one after another
+        ends = [*addresses[1:], addresses[-1] + 8]  # arguments lie one after another; of the last, eight bytes
         arguments = [ctypes.string_at(start, end - start) for start, end in zip(addresses, ends, strict=True)]
         self.launches.append((function.value, bytes(config._obj), arguments))
         return 0
@@ -99,16 +102,19 @@ def norms(backend, num_layers, **others) -> list[LayerWeights]:
     return [LayerWeights(array(), *(array() for _ in range(5)), **others) for _ in range(num_layers)]
 
 
+def new_arena(backend, num_layers) -> KVArena:
+    return KVArena(KVLayout(num_layers, 1, 16, 64, BFLOAT16, 1), backend, 1)
+
+
 def run_norms(backend, layers, weight_of) -> list[int]:
     """The layers that were run by `run`."""
     out, x, calls = backend.empty((3, 8), BFLOAT16), backend.empty((3, 8), FLOAT32), []
-    arena = KVArena(KVLayout(len(layers), 1, 16, 64, BFLOAT16, 1), backend, 1)
 
     def run(index, layer):
         calls.append(index)
         rms_norm(out, x, weight_of(index, layer), 1e-5)
 
-    backend.for_each_layer(layers, arena, run)
+    backend.for_each_layer(layers, new_arena(backend, len(layers)), run)
     return calls
 
 
@@ -149,6 +155,32 @@ def test_each_layer_is_run_where_its_arguments_do_not_follow_from_the_first_ones
     some_bias = norms(backend, 3)
     some_bias[1].qkv_bias = backend.empty((8,), BFLOAT16)
     assert run_norms(backend, some_bias, lambda _, layer: layer.down) == [0, 1, 2]
+
+
+def test_descriptions_of_weights_are_those_of_each_layers_own(driver, backend, monkeypatch):
+    def encode(address, rows, columns, dtype, box_rows):
+        return np.array((np.array([box_rows, address, rows, *[columns] * 13]),), TENSOR_MAP)
+
+    monkeypatch.setattr(tensor_map_module, "_encode", encode)
+    layers, x = norms(backend, 3), backend.empty((5, 64), BFLOAT16)
+    for layer in layers:
+        layer.qkv, layer.o = (backend.empty((32, 64), BFLOAT16) for _ in range(2))
+
+    def described(arrays_of):
+        """The words that tell of the arrays, for each launch."""
+        driver.launches.clear()
+
+        def run(_, layer):
+            args = tuple(tensor_map(array, 16) for array in arrays_of(layer))
+            load_kernel("rms_norm.cu", "any")((1,), (32,), (*args, NULL))
+
+        backend.for_each_layer(layers, new_arena(backend, 3), run)
+        return [[np.frombuffer(a, np.uint64)[:4].tolist() for a in args[:-1]] for _, _, args in driver.launches]
+
+    expected = [[[16, a.data.ptr, *a.shape] for a in (x, layer.o, layer.qkv)] for layer in layers]
+    assert described(lambda layer: (x, layer.o, layer.qkv)) == expected
+    expected = [[[16, layer.qkv.data.ptr, 8, 64]] for layer in layers]
+    assert described(lambda layer: (layer.qkv[:8],)) == expected
 
 
 def test_a_failed_launch_of_a_later_layer_is_an_error(driver, backend, monkeypatch):
