@@ -15,7 +15,7 @@ from cupaged.backends.host_copy import HostCopier
 from cupaged.config import ModelConfig
 from cupaged.errors import CheckpointError
 from cupaged.models.parameters import DecoderWeights, LayerWeights
-from cupaged.weights.safetensors_file import row_chunks
+from cupaged.weights.safetensors_file import CHUNK_ELEMENTS, row_chunks
 
 INTERLEAVED_ELEMENTS = 1 << 22  # at a time; few enough to stay in the processor's last cache until they are copied
 MAX_NAMES = 4  # of each kind of trouble that an error line spells out
@@ -134,10 +134,11 @@ def random_tensors(config: ModelConfig, dtype, seed: int = 0) -> dict[str, Tenso
     """What random_weights packs: every tensor of the model under its Hugging Face name, in dtype."""
     rng = np.random.default_rng(seed)
     pool = (rng.standard_normal(_RandomTensor.POOL_SIZE, np.float32) * np.float32(0.02)).astype(dtype)
+    pool = np.resize(pool, pool.size + CHUNK_ELEMENTS)  # from each place on, a chunk without a break
     return {
         name: np.ones(shape, dtype)
         if name.endswith("norm.weight")
-        else _RandomTensor(shape, pool, first=int(rng.integers(pool.size)))
+        else _RandomTensor(shape, pool, first=int(rng.integers(_RandomTensor.POOL_SIZE)))
         for name, shape in parameter_shapes(config).items()
     }
 
@@ -155,12 +156,12 @@ class _RandomTensor:
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         columns = math.prod(self.shape[1:])
-        start = (self._first + rows.start * columns) % self._pool.size
+        start = (self._first + rows.start * columns) % self.POOL_SIZE
         count = (rows.stop - rows.start) * columns
         if start + count <= self._pool.size:
             values = self._pool[start : start + count]
         else:
-            values = np.resize(np.roll(self._pool, -start), count)
+            values = np.resize(self._pool[start : start + self.POOL_SIZE], count)
         return values.reshape(rows.stop - rows.start, *self.shape[1:])
 
 

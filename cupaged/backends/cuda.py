@@ -44,6 +44,10 @@ from cupaged.memory.arena import KVArena
 from cupaged.memory.budget import format_bytes
 
 STAGING_BYTES = 8 << 20  # of each pinned buffer: one fills while the other is copied
+# Copies that are no larger have buffers of their own. They come between the launches of steps, and the device reads one
+# when it has done the steps before: with as many of them it doesn't keep the host waiting.
+SMALL_BYTES = 16 << 10
+NUM_SMALL = 64
 MIN_FETCH_BYTES = 4096  # of a pinned buffer for what comes back
 PART_ALIGNMENT = 16  # bytes; where the arrays of a batch begin in their common buffer, for vector loads
 
@@ -230,13 +234,15 @@ class CupyDevice:
 
 
 class PinnedRing:
-    """Copies to the device through two pinned buffers in turn: while one is copied, the other is filled."""
+    """Copies to the device through pinned buffers in turn: while those are copied that were filled before, the next is
+    filled."""
 
-    def __init__(self, device, num_bytes: int):
+    def __init__(self, device, num_bytes: int, num_buffers: int = 2):
         self.num_bytes = num_bytes
         self._device = device
-        self._buffers = [device.pinned(num_bytes) for _ in range(2)]
-        self._wait_until_read: list[Callable[[], None]] = [lambda: None] * 2
+        memory = device.pinned(num_bytes * num_buffers)
+        self._buffers = [memory[i * num_bytes : (i + 1) * num_bytes] for i in range(num_buffers)]
+        self._wait_until_read: list[Callable[[], None]] = [lambda: None] * num_buffers
         self._turn = 0
 
     def wait(self) -> None:
@@ -246,7 +252,7 @@ class PinnedRing:
 
     def copy(self, dst: Array, fill: Callable[[np.ndarray], None]) -> None:
         """Start copying to dst (C-contiguous, at most num_bytes) what `fill` writes into the uint8 array it gets."""
-        turn = self._turn = 1 - self._turn
+        turn = self._turn = (self._turn + 1) % len(self._buffers)
         self._wait_until_read[turn]()
         staged = self._buffers[turn][: dst.nbytes]
         fill(staged)
@@ -303,6 +309,7 @@ class CudaBackend:
         self.description = device.description
         self._device = device
         self._staging = PinnedRing(device, STAGING_BYTES)
+        self._small_staging = PinnedRing(device, SMALL_BYTES, NUM_SMALL)
         self._copier = HostCopier()
         self._fetches = PinnedPool(device)
         self._batch_staging: PinnedRing | None = None
@@ -341,6 +348,12 @@ class CudaBackend:
         if dst.shape != src.shape or not dst.flags.c_contiguous:
             layout = "" if dst.flags.c_contiguous else ", not C-contiguous"
             raise ValueError(f"dst: expected shape {src.shape}, C-contiguous; got {dst.shape}{layout}")
+        if dst.nbytes <= self._small_staging.num_bytes:
+            if dst.nbytes:
+                self._small_staging.copy(
+                    dst, lambda staged: np.copyto(staged.view(dst.dtype).reshape(dst.shape), src, casting="unsafe")
+                )
+            return
         dst, src = dst.reshape(-1), src.reshape(-1)
         step = self._staging.num_bytes // dst.dtype.itemsize
         for start in range(0, dst.size, step):
@@ -415,11 +428,11 @@ class CudaBackend:
         return self._device.capture(function)
 
     def close(self) -> None:
-        for ring in (self._staging, self._batch_staging):
+        for ring in (self._staging, self._small_staging, self._batch_staging):
             if ring is not None:
                 ring.wait()
         self._copier.close()
-        self._staging = self._batch_staging = self._batch_buffer = self._fetches = None
+        self._staging = self._small_staging = self._batch_staging = self._batch_buffer = self._fetches = None
         self._decode_workspace = self._linear_workspace = self._layers = None
 
     # -- the cache -----------------------------------------------------------------------------------------

@@ -269,6 +269,7 @@ def test_edited_requests_draw_what_the_reference_draws(host_build, monkeypatch, 
 @pytest.mark.parametrize("shape", [(), (1,), (5, 7), (3, 1000), (0, 4)])
 def test_copy_in_converts_and_lets_go_of_the_source(monkeypatch, host_build, shape, part_bytes):
     monkeypatch.setattr(cuda, "STAGING_BYTES", 256)  # several turns of the ring
+    monkeypatch.setattr(cuda, "SMALL_BYTES", 16)
     monkeypatch.setattr(host_copy, "MIN_PART_BYTES", part_bytes)
     backend = CudaBackend(host_build[0], BFLOAT16)
     values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
@@ -278,6 +279,24 @@ def test_copy_in_converts_and_lets_go_of_the_source(monkeypatch, host_build, sha
     backend.copy_in(dst, source)
     source[...] = np.nan
     assert backend.to_host(dst).tobytes() == expected.tobytes()
+
+
+def test_small_copies_wait_for_no_step(monkeypatch, host_build):
+    """A step is launched while the one before it runs: if it had to wait, for its sampling parameters or for a slab's
+    address, the device would run dry."""
+    monkeypatch.setattr(cuda, "NUM_SMALL", 3)
+    device, _ = host_build
+    backend = CudaBackend(device, BFLOAT16)
+    arrays = [backend.empty((2, 5), np.int32) for _ in range(7)]
+    has_run = []
+    device.later(lambda: has_run.append("the step before"))
+    values = [np.arange(10).reshape(2, 5) + 100 * i for i in range(7)]
+    for array, value in list(zip(arrays, values, strict=True))[:3]:
+        backend.copy_in(array, value)
+    assert not has_run
+    for array, value in list(zip(arrays, values, strict=True))[3:]:  # buffers that are filled once more
+        backend.copy_in(array, value)
+    assert [backend.to_host(array).tolist() for array in arrays] == [value.tolist() for value in values]
 
 
 @pytest.mark.parametrize(("size", "num_threads"), [(100, 1), (101, 2), (1000, 3)])
