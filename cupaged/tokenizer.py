@@ -41,6 +41,7 @@ class Tokenizer:
         self.config = dict(config)
         self.chat_template = ChatTemplate(chat_template, str(source)) if chat_template else None
         self._token_bytes = _TokenBytes(backend, source)
+        self._texts: dict[frozenset[int], dict[int, str]] = {}  # by the ids that are skipped; see IncrementalDecoder
         self._special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
 
     @classmethod
@@ -96,7 +97,8 @@ class Tokenizer:
         return "".join([*(decoder.push(token_id) for token_id in ids), decoder.flush()])
 
     def decoder(self, skip_special_tokens: bool = True) -> IncrementalDecoder:
-        return IncrementalDecoder(self._token_bytes, self._special_ids if skip_special_tokens else frozenset())
+        skipped_ids = self._special_ids if skip_special_tokens else frozenset()
+        return IncrementalDecoder(self._token_bytes, skipped_ids, self._texts.setdefault(skipped_ids, {}))
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
@@ -127,16 +129,22 @@ class Tokenizer:
 class IncrementalDecoder:
     """Token ids to text as they come. push() returns what is certain; an unfinished UTF-8 character waits for the
     next token. The pieces, and flush() at the end, join to the decoded whole. A token costs the same wherever it
-    stands."""
+    stands.
 
-    def __init__(self, token_bytes: _TokenBytes, skipped_ids: frozenset[int]):
+    texts: of tokens that are whole characters, what each adds to a text that ends with a whole character. The decoders
+    that skip the same ids share it, and fill it as such tokens are met."""
+
+    def __init__(self, token_bytes: _TokenBytes, skipped_ids: frozenset[int], texts: dict[int, str]):
         self._token_bytes = token_bytes
         self._skipped_ids = skipped_ids
+        self._texts = texts
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._at_start = True
-        self._is_midway = False  # bytes of an unfinished character are held back
+        self._is_whole = False  # neither at the start, nor are bytes of an unfinished character held back
 
     def push(self, token_id: int) -> str:
+        if self._is_whole and (text := self._texts.get(token_id)) is not None:  # as most are
+            return text
         if token_id in self._skipped_ids:
             return ""
         piece = self._token_bytes[token_id]
@@ -145,10 +153,10 @@ class IncrementalDecoder:
         if self._at_start:
             piece = self._token_bytes.at_start(token_id)
             self._at_start = False
-        if not self._is_midway and piece.isascii():  # as most are
-            return piece.decode()
-        text = self._utf8.decode(piece)
-        self._is_midway = self._utf8.getstate()[0] != b""
+        was_whole, text = self._is_whole, self._utf8.decode(piece)
+        self._is_whole = not self._utf8.getstate()[0]
+        if was_whole and self._is_whole:
+            self._texts[token_id] = text
         return text
 
     def flush(self) -> str:
@@ -157,8 +165,8 @@ class IncrementalDecoder:
 
     def copy(self) -> IncrementalDecoder:
         """Another one that goes on from here."""
-        other = IncrementalDecoder(self._token_bytes, self._skipped_ids)
-        other._at_start, other._is_midway = self._at_start, self._is_midway
+        other = IncrementalDecoder(self._token_bytes, self._skipped_ids, self._texts)
+        other._at_start, other._is_whole = self._at_start, self._is_whole
         other._utf8.setstate(self._utf8.getstate())
         return other
 

@@ -67,29 +67,35 @@ class BatchBuilder:
     def build(self, schedule: Schedule, sampled: list[int]) -> Batch:
         """The batch of `schedule`, with the logits of the last tokens of the sequences at indices `sampled`, in that
         order; an index may come several times."""
-        sequences = schedule.sequences
+        sequences, num_decodes = schedule.sequences, schedule.num_decodes
+        num_blocks, sources = self._num_blocks, self._sources
         for seq in sequences:
-            self._update_row(seq.row, seq.block_table)
+            row, block_table = seq.row, seq.block_table
+            if num_blocks[row] != len(block_table) or sources[row] is not block_table:
+                self._update_row(row, block_table)
         rows = np.array([seq.row for seq in sequences])
         num_cached = np.array([seq.num_cached_tokens for seq in sequences], np.int32)
-        num_tokens = np.array(schedule.num_tokens, np.int32)
-        seq_lens = num_cached + num_tokens
+        decoded = [seq.token_ids[seq.num_cached_tokens] for seq in sequences[:num_decodes]]
+
+        if num_decodes == len(sequences):
+            token_ids, positions, rows_of_tokens = np.array(decoded, np.int32), num_cached, rows
+            seq_lens, query_start_loc = num_cached + np.int32(1), np.arange(len(sequences) + 1, dtype=np.int32)
+        else:
+            num_tokens = np.array(schedule.num_tokens, np.int32)
+            seq_lens = num_cached + num_tokens
+            query_start_loc = np.zeros(len(sequences) + 1, np.int32)
+            np.cumsum(num_tokens, out=query_start_loc[1:])
+            token_ids = np.empty(query_start_loc[-1], np.int32)
+            token_ids[:num_decodes] = decoded
+            for i in range(num_decodes, len(sequences)):
+                seq, start = sequences[i], sequences[i].num_cached_tokens
+                chunk = seq.token_ids[start : start + schedule.num_tokens[i]]
+                token_ids[query_start_loc[i] : query_start_loc[i + 1]] = chunk
+            positions = np.arange(len(token_ids), dtype=np.int32)
+            positions += np.repeat(num_cached - query_start_loc[:-1], num_tokens)
+            rows_of_tokens = np.repeat(rows, num_tokens)
         max_seq_len = int(seq_lens.max())
-        query_start_loc = np.zeros(len(sequences) + 1, np.int32)
-        np.cumsum(num_tokens, out=query_start_loc[1:])
-
-        # The decodes' tokens, then the chunks'.
-        num_decodes = schedule.num_decodes
-        token_ids = np.empty(query_start_loc[-1], np.int32)
-        token_ids[:num_decodes] = [seq.token_ids[seq.num_cached_tokens] for seq in sequences[:num_decodes]]
-        for i in range(num_decodes, len(sequences)):
-            seq, start = sequences[i], sequences[i].num_cached_tokens
-            chunk = seq.token_ids[start : start + schedule.num_tokens[i]]
-            token_ids[query_start_loc[i] : query_start_loc[i + 1]] = chunk
-
-        positions = np.arange(len(token_ids), dtype=np.int32)
-        positions += np.repeat(num_cached - query_start_loc[:-1], num_tokens)
-        block_ids = self._block_tables[np.repeat(rows, num_tokens), positions // self.block_size]
+        block_ids = self._block_tables[rows_of_tokens, positions // self.block_size]
         slot_mapping = block_ids * self.block_size + positions % self.block_size
 
         block_tables = self._block_tables[rows, : -(-max_seq_len // self.block_size)]

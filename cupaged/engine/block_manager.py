@@ -202,7 +202,7 @@ class BlockManager:
         """The next `num_tokens` tokens of `seq` are computed now. Blocks that are full become findable, not before:
         nobody can read what is not written yet."""
         end = seq.num_cached_tokens = seq.num_cached_tokens + num_tokens
-        if end // self.block_size > seq.num_registered_blocks:
+        if end >= (seq.num_registered_blocks + 1) * self.block_size:
             self._register(seq, end // self.block_size)
 
     def reset_prefix_cache(self, sequences: list[Sequence]) -> None:

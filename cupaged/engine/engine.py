@@ -25,7 +25,7 @@ from cupaged.engine.prefix import PrefixHasher, PrefixKey
 from cupaged.engine.runner import LaunchedStep, Runner
 from cupaged.engine.sampler import Logprobs
 from cupaged.engine.scheduler import Schedule, Scheduler
-from cupaged.engine.sequence import Request, Sequence, SequenceState
+from cupaged.engine.sequence import FINISHED, Request, Sequence, SequenceState
 from cupaged.engine.stats import Counts, EngineStats, stats
 from cupaged.engine.swap import SwapSpace
 from cupaged.errors import OutOfMemoryError, QueueFullError
@@ -473,8 +473,13 @@ class Engine:
             touched[request] = request.sequences
         if schedule.sequences:
             for seq in self._take_in(step):
-                if seq.state is SequenceState.FINISHED or not seq.request.tells_end_only:
-                    touched.setdefault(seq.request, []).append(seq)
+                request = seq.request
+                if request.tells_end_only and seq.state is not FINISHED:
+                    continue
+                if request.is_single:
+                    touched[request] = request.sequences
+                else:
+                    touched.setdefault(request, []).append(seq)
         outputs = []
         for request, sequences in touched.items():
             output = self._output(request, sequences)
@@ -531,15 +536,16 @@ class Engine:
         searches: dict[Request, list[tuple[int, Sequence]]] = {}  # the rows of their beams
         touched = []
         for row, seq in step.sampled():
-            if seq.request.metrics.first_token_time is None:
-                seq.request.metrics.first_token_time = now
-            if seq.request.search is not None:
-                searches.setdefault(seq.request, []).append((row, seq))
+            request, token_id = seq.request, token_ids[row]
+            if request.metrics.first_token_time is None:
+                request.metrics.first_token_time = now
+            if request.search is not None:
+                searches.setdefault(request, []).append((row, seq))
                 continue
             touched.append(seq)
-            if token_ids[row] >= 0 and logprobs is not None and seq.request.num_logprobs is not None:
+            if logprobs is not None and token_id >= 0 and request.num_logprobs is not None:
                 self._add_drawn_logprobs(seq, logprobs, row)
-            self._add_token(seq, token_ids[row])
+            self._add_token(seq, token_id)
         for request, found in searches.items():
             found.sort(key=lambda pair: pair[1].index)
             rows, beams = [row for row, _ in found], [seq for _, seq in found]
@@ -596,9 +602,9 @@ class Engine:
 
     def _decode(self, seq: Sequence, end: int) -> str | None:
         """Bring the text up to token `end`; returns the stop string that this completes, if any."""
-        found = None
-        for token_id in seq.token_ids[seq.num_decoded_tokens : end]:
-            found = seq.output_text.push(token_id)
+        found, push = None, seq.output_text.push
+        for i in range(seq.num_decoded_tokens, end):
+            found = push(seq.token_ids[i])
         seq.num_decoded_tokens = max(end, seq.num_decoded_tokens)
         return found
 
@@ -699,24 +705,13 @@ class Engine:
     def _output(self, request: Request, touched: list[Sequence]) -> RequestOutput | None:
         """What to tell of `request` after a step that brought news of the sequences `touched`; None when it is to be
         told of at its end only."""
-        finished = request.finished
-        if finished:
+        if finished := request.finished:
             request.metrics.finished_time = time.monotonic()
         elif request.tells_end_only:
             return None
-        if request.picks_best:
-            best = sorted(request.sequences, key=lambda seq: (seq.finish_reason == "error", -seq.cumulative_logprob))
-            sequences = best[: request.params.n]
-        elif request.tells_news_only or request.search is not None:
-            sequences = sorted(touched, key=lambda seq: seq.index) if len(touched) > 1 else touched
-        else:
-            sequences = request.sequences
-        completions = [self._completion(seq) for seq in sequences]
-        if request.picks_best:
-            for rank, completion in enumerate(completions):
-                completion.index = rank
+        completions = [self._completion(touched[0])] if request.is_single else self._completions(request, touched)
         prompt_logprobs = request.prompt_logprobs
-        if request.tells_news_only and prompt_logprobs is not None:
+        if prompt_logprobs is not None and request.tells_news_only:
             prompt_logprobs = prompt_logprobs[request.num_sent_prompt_logprobs :] or None
             request.num_sent_prompt_logprobs = len(request.prompt_logprobs)
         return RequestOutput(
@@ -730,23 +725,37 @@ class Engine:
             prompt_logprobs,
         )
 
+    def _completions(self, request: Request, touched: list[Sequence]) -> list[CompletionOutput]:
+        if request.picks_best:
+            best = sorted(request.sequences, key=lambda seq: (seq.finish_reason == "error", -seq.cumulative_logprob))
+            completions = [self._completion(seq) for seq in best[: request.params.n]]
+            for rank, completion in enumerate(completions):
+                completion.index = rank
+            return completions
+        sequences = request.sequences
+        if request.tells_news_only or request.search is not None:
+            sequences = sorted(touched, key=lambda seq: seq.index)
+        return [self._completion(seq) for seq in sequences]
+
     def _completion(self, seq: Sequence) -> CompletionOutput:
-        text = ""
-        if seq.output_text is not None:
-            if seq.state is not SequenceState.FINISHED:
-                self._decode(seq, len(seq.token_ids))
-            text = seq.output_text.text
+        request, token_ids, text = seq.request, seq.token_ids, ""
+        num_tokens, is_running = len(token_ids), seq.state is not FINISHED
+        if (output_text := seq.output_text) is not None:
+            if is_running:
+                self._decode(seq, num_tokens)
+            text = output_text.text
         start, first_char = 0, 0
-        has_sum = seq.logprobs is not None or (seq.request.search is not None and seq.state is SequenceState.FINISHED)
-        if seq.request.tells_news_only:
+        if request.tells_news_only:
             start, first_char = seq.num_sent_tokens, seq.num_sent_chars
-            seq.num_sent_tokens, seq.num_sent_chars = seq.num_output_tokens, len(text)
+            seq.num_sent_tokens, seq.num_sent_chars = num_tokens - seq.num_prompt_tokens, len(text)
+        logprobs = seq.logprobs
+        has_sum = logprobs is not None or (request.search is not None and not is_running)
         return CompletionOutput(
             seq.index,
             text[first_char:],
-            seq.token_ids[seq.num_prompt_tokens + start :],
+            token_ids[seq.num_prompt_tokens + start :],
             seq.cumulative_logprob if has_sum else None,
-            seq.logprobs[start:] if seq.logprobs is not None else None,
+            logprobs[start:] if logprobs is not None else None,
             seq.finish_reason,
             seq.stop_reason,
             seq.error,

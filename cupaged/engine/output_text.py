@@ -47,6 +47,9 @@ class OutputText:
 
     def push(self, token_id: int) -> str | None:
         """Add a token; returns the stop string that it completes, if any, after which nothing may be added."""
+        if not self._stop:
+            self.text += self._decoder.push(token_id)
+            return None
         self._num_tokens += 1
         return self._add(self._decoder.push(token_id))
 

@@ -55,7 +55,8 @@ class Pipeline:
 
     def _launch_behind(self, step: LaunchedStep, launch: Callable[[Schedule], LaunchedStep]) -> LaunchedStep | None:
         # A group that resumes may leave the blocks that this very step writes, for what the cache has of its outputs.
-        if any([request.needs_tokens or request.is_resuming for request in self._scheduler.running]):
+        running = self._scheduler.running
+        if any([request.needs_tokens or (request.is_forking and request.is_resuming) for request in running]):
             return None
         self._scheduler.advance(step.schedule)
         sampled = step.sampled()

@@ -13,7 +13,7 @@ from cupaged.engine.decode_graphs import DecodeGraphs
 from cupaged.engine.prompt_logprobs import PromptScorer
 from cupaged.engine.sampler import Draws, Logprobs, Sampler
 from cupaged.engine.scheduler import Schedule
-from cupaged.engine.sequence import Request, Sequence, SequenceState
+from cupaged.engine.sequence import FINISHED, Request, Sequence
 from cupaged.memory.arena import KVArena
 
 MIN_PAIRS = 1024  # block copies that one launch can do; many more are rare, and take several
@@ -49,12 +49,11 @@ class LaunchedStep:
     @property
     def is_wanted(self) -> bool:
         """Whether anybody needs it: not all that it computes for have ended in the meantime."""
-        return any(seq.state is not SequenceState.FINISHED for seq in self.schedule.sequences)
+        return any(seq.state is not FINISHED for seq in self.schedule.sequences)
 
     def sampled(self) -> list[tuple[int, Sequence]]:
         """(row of the draws, for whom) of those that have not ended."""
-        finished = SequenceState.FINISHED
-        return [(row, seq) for row, (_, seq) in enumerate(self._rows) if seq.state is not finished]
+        return [(row, seq) for row, (_, seq) in enumerate(self._rows) if seq.state is not FINISHED]
 
 
 class Runner:
@@ -102,7 +101,9 @@ class Runner:
         self._copy_blocks(self.arena, self.arena, schedule.copies)
         if not schedule.sequences:
             return LaunchedStep(schedule, [], lambda: ([], None), [], start)
-        sampled = sorted(schedule.sampled, key=lambda pair: Sampler.sort_key(pair[1]))
+        sampled = schedule.sampled
+        if any([seq.logit_edits is not None for _, seq in sampled]):
+            sampled = sorted(sampled, key=lambda pair: Sampler.sort_key(pair[1]))
         logits = self._forward(self._batches.build(schedule, [i for i, _ in sampled]))[: len(sampled)]
         draws = self._sampler.draw(logits, [seq for _, seq in sampled])
         return LaunchedStep(schedule, sampled, draws, self._prompt_scorer.score(schedule, self.decoder), start)

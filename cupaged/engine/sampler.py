@@ -96,7 +96,7 @@ class Sampler:
                 self._row_owners[seq.row] = seq
                 self._host_rows[seq.row] = _sampling_row(seq)
         rows = self._host_rows[[seq.row for seq in sequences]]
-        rows["counter"] = [seq.num_output_tokens for seq in sequences]
+        rows["counter"] = [len(seq.token_ids) - seq.num_prompt_tokens for seq in sequences]
         return rows
 
     def _max_copies(self, logits: Array) -> int:

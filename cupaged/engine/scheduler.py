@@ -6,7 +6,7 @@ from bisect import insort
 from dataclasses import dataclass, field
 
 from cupaged.engine.block_manager import BlockManager
-from cupaged.engine.sequence import Request, Sequence, SequenceState
+from cupaged.engine.sequence import FINISHED, Request, Sequence, SequenceState
 from cupaged.engine.swap import SwapSpace
 
 
@@ -95,12 +95,22 @@ class Scheduler:
         self.blocks.begin_step()
         if self.by_priority:
             self._make_way()
-        budget = self.max_num_batched_tokens
+        budget, block_size = self.max_num_batched_tokens, self.blocks.block_size
         unserved = sum([len(request.active) for request in self.running])
 
         index = 0
         while index < len(self.running):
             request = self.running[index]
+            if request.is_single:  # most of them decode, with room in their last block
+                seq = request.active[0]
+                num_tokens = len(seq.token_ids)
+                if seq.num_cached_tokens == num_tokens - 1 < len(seq.block_table) * block_size:
+                    if num_tokens != request.max_len:  # which the step in flight brings it to
+                        work.append((seq, 1))
+                        budget -= 1
+                    unserved -= 1
+                    index += 1
+                    continue
             own = len(request.active)
             # One token is kept for each sequence that is not served yet.
             limit = own if self.by_priority and self._is_outranked(request) else budget - unserved + own
@@ -171,7 +181,7 @@ class Scheduler:
         """The step's tokens count as computed: they are for whatever is launched later."""
         step.is_advanced = True
         for seq, num_tokens in zip(step.sequences, step.num_tokens, strict=True):
-            if seq.state is SequenceState.FINISHED:
+            if seq.state is FINISHED:
                 continue
             self.blocks.advance(seq, num_tokens)
             request = seq.request
@@ -388,13 +398,19 @@ class Scheduler:
         if len(work) > step.num_decodes:
             step.sequences += [seq for seq, num_tokens in work if num_tokens > 1]
             step.num_tokens += [num_tokens for _, num_tokens in work if num_tokens > 1]
-        for i, (seq, num_tokens) in enumerate(zip(step.sequences, step.num_tokens, strict=True)):
-            if seq.num_cached_tokens + num_tokens == len(seq.token_ids):
-                request = seq.request
-                if request.is_forking and request.search is None:
-                    step.sampled += [(i, other) for other in request.unfinished]
-                else:
-                    step.sampled.append((i, seq))
+        step.sampled = sampled = [
+            (i, seq)
+            for i, (seq, num_tokens) in enumerate(zip(step.sequences, step.num_tokens, strict=True))
+            if seq.num_cached_tokens + num_tokens == len(seq.token_ids)
+        ]
+        if any([seq.request.is_forking for _, seq in sampled]):
+            step.sampled = [
+                (i, other)
+                for i, seq in sampled
+                for other in (
+                    seq.request.unfinished if seq.request.is_forking and seq.request.search is None else [seq]
+                )
+            ]
 
 
 def _rank(request: Request) -> tuple[int, int]:

@@ -22,6 +22,9 @@ class SequenceState(Enum):
     FINISHED = "finished"
 
 
+FINISHED = SequenceState.FINISHED  # for what looks at each sequence of a step: the enum's attribute takes 0.3 us (3.11)
+
+
 class Request:
     """What a caller asked for, and the sequences that answer it.
 
@@ -73,6 +76,7 @@ class Request:
         self.prompt_logprobs: list | None = [None] if params.prompt_logprobs is not None else None
         self.num_sent_prompt_logprobs = 0  # what earlier outputs of kind DELTA told
         self.sequences = [Sequence(self, index) for index in range(params.num_sequences)]
+        self.is_single = len(self.sequences) == 1 and search is None  # nobody ever shares a block that it writes to
 
         # The scheduler's:
         self.rank = (0, 0)  # its place among all: the lowest is served first
@@ -81,12 +85,12 @@ class Request:
 
     @property
     def unfinished(self) -> list[Sequence]:
-        return [seq for seq in self.sequences if seq.state is not SequenceState.FINISHED]
+        return [seq for seq in self.sequences if seq.state is not FINISHED]
 
     @property
     def finished(self) -> bool:
         for seq in self.sequences:  # noqa: SIM110  asked for each output, and all() would take twice as long
-            if seq.state is not SequenceState.FINISHED:
+            if seq.state is not FINISHED:
                 return False
         return True
 
