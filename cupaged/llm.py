@@ -349,7 +349,6 @@ def _is_one_prompt(prompts) -> bool:
 def _load_engine(config: EngineConfig, checkpoint, backend: Backend) -> Engine:
     """Weights, then buffers, then what is left for the KV cache: each takes its memory before the next looks."""
     from cupaged.models.decoder import Decoder
-    from cupaged.weights.packing import load_weights
 
     model = replace(checkpoint.config, eos_token_ids=checkpoint.eos_token_ids)
     max_model_len = wanted_max_model_len(config, model)
@@ -357,7 +356,7 @@ def _load_engine(config: EngineConfig, checkpoint, backend: Backend) -> Engine:
     compiler = ThreadPoolExecutor(1)
     try:
         compiled = compiler.submit(backend.compile, model)
-        weights = load_weights(checkpoint.tensors, model, backend)
+        weights = checkpoint.load(model, backend)
         compiled.result()
     finally:
         compiler.shutdown(wait=False)  # bad weights are reported at once

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cupaged.backends.base import Backend
 from cupaged.config import ModelConfig
 from cupaged.errors import CheckpointError, ModelNotFoundError
 from cupaged.hf_config import Keys
+from cupaged.models.parameters import DecoderWeights
 from cupaged.sampling_params import SamplingParams
 from cupaged.tokenizer import Tokenizer, read_json
 from cupaged.weights.gguf import GGUFModel
-from cupaged.weights.packing import Tensor
+from cupaged.weights.packing import Tensor, load_weights
 from cupaged.weights.safetensors_file import open_safetensors
 
 # Keys of generation_config.json that would change the output and that nothing here computes -> the values at which
@@ -75,7 +77,7 @@ class Checkpoint:
     """A model's files, checked and opened. Takes a directory in Hugging Face layout or a .gguf file.
 
     config: what config.json says; its eos_token_ids are config.json's alone.
-    tensors: Hugging Face name -> tensor, mapped, for load_weights.
+    tensors: Hugging Face name -> tensor, mapped.
     sampling_defaults: the SamplingParams arguments that generation_config.json asks for; greedy is temperature 0.
     warnings: a line for each wish in generation_config.json that is not followed.
 
@@ -101,6 +103,10 @@ class Checkpoint:
             for key, neutral in _NOT_COMPUTED.items()
             if key in generation and generation.values[key] not in neutral
         ]
+
+    def load(self, config: ModelConfig, backend: Backend) -> DecoderWeights:
+        """Its weights on the backend, for a model of this configuration. Raises what packing.load_weights does."""
+        return load_weights(self.tensors, config, backend)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

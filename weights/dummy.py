@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cupaged.backends.base import Backend
 from cupaged.config import ModelConfig
 from cupaged.errors import CheckpointError, ModelNotFoundError
+from cupaged.models.parameters import DecoderWeights
 from cupaged.tokenizer import read_json
 from cupaged.weights.gguf import GGUFModel
-from cupaged.weights.packing import Tensor, random_tensors
+from cupaged.weights.packing import random_weights
 
 
 class DummyCheckpoint:
@@ -24,7 +25,10 @@ class DummyCheckpoint:
         self.config = read_config(self.path)
         self.eos_token_ids = self.config.eos_token_ids
         self.sampling_defaults: dict[str, Any] = {}
-        self.tensors: Mapping[str, Tensor] = random_tensors(self.config, self.config.dtype)
+
+    def load(self, config: ModelConfig, backend: Backend) -> DecoderWeights:
+        """As Checkpoint.load."""
+        return random_weights(config, backend)
 
 
 def read_config(path: str | Path) -> ModelConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import ml_dtypes  # noqa: F401 (np.dtype("bfloat16") needs it)
@@ -15,9 +15,10 @@ from cupaged.backends.host_copy import HostCopier
 from cupaged.config import ModelConfig
 from cupaged.errors import CheckpointError
 from cupaged.models.parameters import DecoderWeights, LayerWeights
-from cupaged.weights.safetensors_file import CHUNK_ELEMENTS, row_chunks
+from cupaged.weights.safetensors_file import row_chunks
 
 INTERLEAVED_ELEMENTS = 1 << 22  # at a time; few enough to stay in the processor's last cache until they are copied
+RANDOM_PERIOD = (1 << 22) - 3  # prime, so that rows of no matrix coincide
 MAX_NAMES = 4  # of each kind of trouble that an error line spells out
 # Buffers that old versions of transformers saved; they are computed from the config.
 _COMPUTED_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
@@ -100,6 +101,13 @@ def load_weights(tensors: Mapping[str, Tensor], config: ModelConfig, backend: Ba
             backend.copy_in(packed[len(parts) * chunk.start : len(parts) * chunk.stop], together.reshape(-1, columns))
         return packed
 
+    with contextlib.closing(HostCopier()) as copier:
+        return _assemble(config, pack, interleave)
+
+
+def _assemble(config: ModelConfig, pack: Callable[..., Array], interleave: Callable[..., Array]) -> DecoderWeights:
+    """The weights of parts that are packed one below the other, and of those whose rows are interleaved."""
+
     def layer(i: int) -> LayerWeights:
         at = f"model.layers.{i}."
         qkv = [f"{at}self_attn.{name}_proj" for name in "qkv"]
@@ -115,54 +123,40 @@ def load_weights(tensors: Mapping[str, Tensor], config: ModelConfig, backend: Ba
             k_norm=pack(at + "self_attn.k_norm.weight") if config.qk_norm else None,
         )
 
-    with contextlib.closing(HostCopier()) as copier:
-        embed_tokens = pack("model.embed_tokens.weight")
-        return DecoderWeights(
-            embed_tokens=embed_tokens,
-            layers=[layer(i) for i in range(config.num_layers)],
-            norm=pack("model.norm.weight"),
-            lm_head=embed_tokens if config.tie_word_embeddings else pack("lm_head.weight"),
-        )
+    embed_tokens = pack("model.embed_tokens.weight")
+    return DecoderWeights(
+        embed_tokens=embed_tokens,
+        layers=[layer(i) for i in range(config.num_layers)],
+        norm=pack("model.norm.weight"),
+        lm_head=embed_tokens if config.tie_word_embeddings else pack("lm_head.weight"),
+    )
 
 
 def random_weights(config: ModelConfig, backend: Backend, seed: int = 0) -> DecoderWeights:
-    """Weights of the right shapes and sensible sizes: norms of one, small normal values elsewhere."""
-    return load_weights(random_tensors(config, backend.dtype, seed), config, backend)
+    """Weights of the right shapes and sensible sizes: norms of one, elsewhere small normal values, in config.dtype.
 
+    They are RANDOM_PERIOD values again and again, copied where they are to be: drawing billions would take minutes.
+    """
+    shapes, rng = parameter_shapes(config), np.random.default_rng(seed)
+    drawn = (rng.standard_normal(RANDOM_PERIOD, np.float32) * np.float32(0.02)).astype(config.dtype)
+    values = backend.empty(drawn.shape, backend.dtype)
+    backend.copy_in(values, drawn)
 
-def random_tensors(config: ModelConfig, dtype, seed: int = 0) -> dict[str, Tensor]:
-    """What random_weights packs: every tensor of the model under its Hugging Face name, in dtype."""
-    rng = np.random.default_rng(seed)
-    pool = (rng.standard_normal(_RandomTensor.POOL_SIZE, np.float32) * np.float32(0.02)).astype(dtype)
-    pool = np.resize(pool, pool.size + CHUNK_ELEMENTS)  # from each place on, a chunk without a break
-    return {
-        name: np.ones(shape, dtype)
-        if name.endswith("norm.weight")
-        else _RandomTensor(shape, pool, first=int(rng.integers(_RandomTensor.POOL_SIZE)))
-        for name, shape in parameter_shapes(config).items()
-    }
+    def fill(*names: str) -> Array:
+        rows = sum(shapes[name][0] for name in names)
+        array = backend.empty((rows, *shapes[names[0]][1:]), backend.dtype)
+        if names[0].endswith("norm.weight"):
+            backend.copy_in(array, np.ones(array.shape, np.float32))
+            return array
+        flat, end = array.reshape(-1), 0
+        first = int(rng.integers(RANDOM_PERIOD))
+        while end < flat.size:
+            start, end = end, min(flat.size, end + RANDOM_PERIOD - first)
+            backend.copy(flat[start:end], values[first : first + end - start])
+            first = 0
+        return array
 
-
-class _RandomTensor:
-    """Rows cut from one pool of random values, again and again: drawing billions of them would take minutes."""
-
-    POOL_SIZE = (1 << 22) - 3  # prime, so that rows of no matrix coincide
-
-    def __init__(self, shape: tuple[int, ...], pool: np.ndarray, first: int):
-        self.shape = shape
-        self.dtype = pool.dtype
-        self._pool = pool
-        self._first = first
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        columns = math.prod(self.shape[1:])
-        start = (self._first + rows.start * columns) % self.POOL_SIZE
-        count = (rows.stop - rows.start) * columns
-        if start + count <= self._pool.size:
-            values = self._pool[start : start + count]
-        else:
-            values = np.resize(self._pool[start : start + self.POOL_SIZE], count)
-        return values.reshape(rows.stop - rows.start, *self.shape[1:])
+    return _assemble(config, pack=fill, interleave=fill)
 
 
 def check_parameters(tensors: Mapping[str, Tensor], config: ModelConfig) -> None:

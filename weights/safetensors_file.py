@@ -20,7 +20,6 @@ import numpy as np
 
 from cupaged.errors import CheckpointError
 
-CHUNK_ELEMENTS = 1 << 24  # of a tensor, at a time
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -70,7 +69,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Any], dtype: np.dtype) -
                 file.write(np.ascontiguousarray(tensor[rows].astype(dtype)).view(np.uint8).data)
 
 
-def row_chunks(shape: tuple[int, ...], max_elements: int = CHUNK_ELEMENTS) -> Iterable[slice]:
+def row_chunks(shape: tuple[int, ...], max_elements: int = 1 << 24) -> Iterable[slice]:
     """Slices of the first axis that hold at most max_elements elements each, but at least one row."""
     step = max(1, max_elements // max(1, math.prod(shape[1:])))
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))

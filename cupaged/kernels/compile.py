@@ -126,25 +126,35 @@ def _open_image(file: str, path: Path, symbol: str) -> Kernel:
 
 def compile_kernel(file: str, name: str, arch: str) -> tuple[Path, str]:
     """The path of the compiled instantiation and its symbol: built ahead, from the cache, or compiled into it."""
-    if (entry := find_prebuilt(kernel_key(file, name, arch), arch)) is not None:
+    key, entry = _find_kernel(file, name, arch)
+    if entry is not None:
         return entry
-    cache = _kernel_cache()
+    image, symbols = compile_program(file, (name,), arch)
+    return _kernel_cache().store(key, image, symbols[name])
+
+
+def _find_kernel(file: str, name: str, arch: str) -> tuple[str, tuple[Path, str] | None]:
+    """(key in the cache, what is there), or what was built ahead."""
+    if (entry := find_prebuilt(kernel_key(file, name, arch), arch)) is not None:
+        return "", entry
     try:
         key = cache_key(file, name, arch)
     except DeviceError as error:
         raise DeviceError(f"{file}: {name} was not built ahead for {arch}, and {error}") from None
-    if (entry := cache.find(key)) is not None:
-        return entry
-    image, symbols = compile_program(file, (name,), arch)
-    return cache.store(key, image, symbols[name])
+    return key, _kernel_cache().find(key)
 
 
 def compile_kernels(
     kernels: Sequence[tuple[str, str]], arch: str, num_threads: int | None = None
 ) -> dict[tuple[str, str], tuple[Path, str]]:
-    """compile_kernel for each (file, name), in parallel (by default one thread a processor)."""
-    with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
-        return dict(zip(kernels, pool.map(lambda pair: compile_kernel(*pair, arch), kernels), strict=True))
+    """compile_kernel for each (file, name); what has to be compiled in parallel (by default one thread a processor)."""
+    # Threads would only be in each other's way where there is nothing but digests to compute.
+    images = {pair: _find_kernel(*pair, arch)[1] for pair in kernels}
+    missing = [pair for pair, image in images.items() if image is None]
+    if missing:
+        with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
+            images.update(zip(missing, pool.map(lambda pair: compile_kernel(*pair, arch), missing), strict=True))
+    return images
 
 
 def prebuild_kernels(
@@ -240,19 +250,20 @@ def source_digest(path: Path, include_dirs: tuple[Path, ...]) -> bytes:
         path = pending.pop()
         if path in digests:
             continue
-        digests[path], includes = _scan(path)
-        for included in includes:
-            places = (folder / included for folder in (path.parent, *include_dirs))
-            pending += [place for place in places if place.is_file()][:1]
+        digests[path], included = _scan(path, include_dirs)
+        pending += included
     return hashlib.sha256(b"".join(digests.values())).digest()  # in order of discovery, which the contents determine
 
 
 @functools.cache
-def _scan(path: Path) -> tuple[bytes, list[str]]:
-    """A file's digest and the names in its #include lines."""
+def _scan(path: Path, include_dirs: tuple[Path, ...]) -> tuple[bytes, list[Path]]:
+    """A file's digest and what it includes, as far as that is found beside it and in the folders."""
     content = path.read_bytes()
-    includes = re.findall(rb'^\s*#\s*include\s*["<]([^">]+)[">]', content, re.MULTILINE)
-    return hashlib.sha256(content).digest(), [name.decode() for name in includes]
+    names = re.findall(rb'^\s*#\s*include\s*["<]([^">]+)[">]', content, re.MULTILINE)
+    folders = (path.parent, *include_dirs)
+    places = ([folder / name.decode() for folder in folders] for name in names)
+    included = [next(filter(Path.is_file, paths), None) for paths in places]
+    return hashlib.sha256(content).digest(), [path for path in included if path is not None]
 
 
 @functools.cache

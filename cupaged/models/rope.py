@@ -14,13 +14,23 @@ def cos_sin_table(rope: RopeConfig, head_dim: int, max_positions: int) -> np.nda
 
     rotary_dim is rope.rotary_dim, or head_dim when that is 0. Angles are taken in float64: at position 100,000 a
     float32 angle is off by up to 0.004. For "yarn" both halves are scaled by the attention factor.
+
+    exp(i a) exp(i b) = exp(i (a + b)), so that of each frequency only two times the root of max_positions cosines and
+    sines are computed: 0.3 s would go into those of 131,072 positions.
     """
     rotary_dim = rope.rotary_dim or head_dim
-    angles = np.outer(np.arange(max_positions, dtype=np.float64), inverse_frequencies(rope, rotary_dim))
-    table = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    frequencies = inverse_frequencies(rope, rotary_dim)
+    step = max(1, math.isqrt(max_positions))
+    near = np.exp(1j * np.outer(np.arange(step), frequencies))
+    far = np.exp(1j * np.outer(np.arange(0, max_positions, step), frequencies))
     if rope.kind == "yarn":
-        table *= _attention_factor(rope)
-    return table.astype(np.float32)
+        far *= _attention_factor(rope)
+    table = np.empty((len(far), step, rotary_dim), np.float32)
+    product = np.empty_like(near)
+    for rows, turned in zip(table, far, strict=True):
+        np.multiply(near, turned, out=product)
+        rows[:, : rotary_dim // 2], rows[:, rotary_dim // 2 :] = product.real, product.imag
+    return table.reshape(-1, rotary_dim)[:max_positions]
 
 
 def inverse_frequencies(rope: RopeConfig, rotary_dim: int) -> np.ndarray:

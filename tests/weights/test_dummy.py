@@ -9,8 +9,9 @@ from checkpoint_files import CONFIG, HostBackend
 from cupaged import LLM, SamplingParams
 from cupaged.config import ModelConfig
 from cupaged.errors import CheckpointError, ModelNotFoundError
+from cupaged.kernels.checks import BFLOAT16
 from cupaged.weights.dummy import DummyCheckpoint, read_config
-from cupaged.weights.packing import load_weights, random_weights
+from cupaged.weights.packing import load_weights, parameter_shapes
 
 BFLOAT16_CONFIG = {**CONFIG, "torch_dtype": "bfloat16", "eos_token_id": [3, 5]}
 
@@ -40,17 +41,31 @@ def test_what_is_wrong_with_a_config_is_named(tmp_path, config_file):
     assert str(config_file) in str(error.value)
 
 
-def test_the_tensors_are_those_of_random_weights(config_file):
+@pytest.mark.parametrize("fields", [{}, {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}])
+def test_the_weights_have_the_shapes_of_a_real_checkpoints(config_file, fields):
+    config_file.write_text(json.dumps({**BFLOAT16_CONFIG, **fields}))
     checkpoint = DummyCheckpoint(config_file)
+    config = checkpoint.config
     assert checkpoint.eos_token_ids == (3, 5)
-    assert {str(tensor.dtype) for tensor in checkpoint.tensors.values()} == {"bfloat16"}
-    backend = HostBackend(np.float32)
-    weights = load_weights(checkpoint.tensors, checkpoint.config, backend)
-    expected = random_weights(checkpoint.config, backend)
+    weights = checkpoint.load(config, HostBackend(np.float32))
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(config).items()}
+    expected = load_weights(tensors, config, HostBackend(np.float32))
+    for part, other in zip((weights, *weights.layers), (expected, *expected.layers), strict=True):
+        for name, array in vars(other).items():
+            if name != "layers":
+                assert np.shape(getattr(part, name)) == np.shape(array), name
+    assert (weights.layers[0].qkv_bias is not None) == config.qkv_bias == bool(fields)
+    assert (weights.lm_head is weights.embed_tokens) == config.tie_word_embeddings
+
+
+def test_all_backends_get_the_same_weights(config_file):
+    """Those of the checkpoint's dtype, rounded as a checkpoint's would be."""
+    checkpoint = DummyCheckpoint(config_file)
+    exact, rounded = (checkpoint.load(checkpoint.config, HostBackend(dtype)) for dtype in (np.float32, BFLOAT16))
     for name in ("qkv", "o", "gate_up", "down", "input_norm"):
-        actual, exact = getattr(weights.layers[1], name), getattr(expected.layers[1], name)
-        np.testing.assert_allclose(actual, exact, rtol=2**-8)  # rounded to bfloat16
-        assert actual.std() == pytest.approx(0 if name == "input_norm" else 0.02, rel=0.05)
+        values = getattr(exact.layers[1], name)
+        assert np.array_equal(getattr(rounded.layers[1], name).astype(np.float32), values)
+        assert values.std() == pytest.approx(0 if name == "input_norm" else 0.02, rel=0.05)
 
 
 def test_an_llm_needs_nothing_but_the_config(config_file):
