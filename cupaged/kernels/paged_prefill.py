@@ -29,7 +29,7 @@ class PrefillKernel(NamedTuple):
     num_rows: int  # of a thread block: (token, head of the group) pairs
     num_threads: int
     shared_bytes: int
-    # Launched once for each multiprocessor, it deals the tiles of rows out itself, and wants to know how many there are.
+    # Launched once for each multiprocessor; it deals the tiles of rows out itself, and wants to know how many.
     is_persistent: bool = False
 
 
