@@ -33,7 +33,7 @@ paged_prefill(scalar_t* __restrict__ out,               // [num_tokens, num_head
               const int* __restrict__ block_tables,     // [num_seqs, max_blocks]
               const int* __restrict__ seq_lens,         // [num_seqs]
               const int* __restrict__ query_start_loc,  // [num_seqs + 1]
-              PagedKV kv, int num_heads, int max_blocks, int block_shift, int first_seq, int window,
+              PagedKV kv, Divisor group, int max_blocks, int block_shift, int first_seq, int window,
               float scale) {  // sm_scale * log2(e)
   constexpr int kNumThreads = kNumWarps * kWarpSize;
   constexpr int kWarpRows = 16 * kRowTiles, kRows = kNumWarps * kWarpRows;
@@ -45,8 +45,7 @@ paged_prefill(scalar_t* __restrict__ out,               // [num_tokens, num_head
   const int kv_head = blockIdx.x, seq = first_seq + blockIdx.y;
   griddepcontrol_wait();
   griddepcontrol_launch_dependents();
-  const PrefillRows rows(query_start_loc, seq_lens, seq, kv_head, kv.num_kv_heads,
-                         Divisor(num_heads / kv.num_kv_heads));
+  const PrefillRows rows(query_start_loc, seq_lens, seq, kv_head, kv.num_kv_heads, group);
   const int first_row = (gridDim.z - 1 - blockIdx.z) * kRows;
   if (first_row >= rows.num_rows) return;  // the whole thread block
 

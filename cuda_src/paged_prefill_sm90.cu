@@ -63,7 +63,8 @@ class TileWalk {
   int seq, kv_head, first_row;  // of the tile, once next() has been called
 
   __device__ __forceinline__ TileWalk(const int* query_start_loc,  // of the first sequence on
-                                      int num_seqs, int num_row_tiles, int num_kv_heads, int group)
+                                      const Divisor& num_seqs, int num_row_tiles, const Divisor& num_kv_heads,
+                                      int group)
       : query_start_loc_(query_start_loc), num_seqs_(num_seqs), num_kv_heads_(num_kv_heads), group_(group),
         num_row_tiles_(num_row_tiles) {}
 
@@ -75,7 +76,7 @@ class TileWalk {
     while (wanted >= passed_ + __popc(present_)) {
       passed_ += __popc(present_);
       place_ += kWarpSize;
-      if (place_ >= num_row_tiles_ * num_seqs_) return false;
+      if (place_ >= num_row_tiles_ * num_seqs_.value) return false;
       present_ = __ballot_sync(kFullMask, is_present(place_ + threadIdx.x % kWarpSize));
     }
     unsigned rest = present_;
@@ -92,13 +93,13 @@ class TileWalk {
     return (num_row_tiles_ - 1 - place / num_seqs_) * kRows;
   }
   __device__ __forceinline__ bool is_present(int place) const {
-    if (place >= num_row_tiles_ * num_seqs_) return false;
+    if (place >= num_row_tiles_ * num_seqs_.value) return false;
     const int* start = query_start_loc_ + place % num_seqs_;
     return first_row_of(place) < (start[1] - start[0]) * group_;
   }
 
   const int* query_start_loc_;
-  Divisor num_seqs_, num_kv_heads_;
+  const Divisor &num_seqs_, &num_kv_heads_;
   int group_, num_row_tiles_;
   // A place for a tile is a (row tile, sequence), whether the sequence has so many rows or not.
   int place_ = -kWarpSize;  // the first of the 32 that are looked at
@@ -133,9 +134,12 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
                    const int* __restrict__ block_tables,     // [num_seqs, max_blocks]
                    const int* __restrict__ seq_lens,         // [num_seqs]
                    const int* __restrict__ query_start_loc,  // [num_seqs + 1]
-                   PagedKV kv, int num_heads, int max_blocks, int block_shift, int first_seq, int window,
+                   PagedKV kv,
+                   Divisor group,  // query heads a kv head
+                   int max_blocks, int block_shift, int first_seq, int window,
                    float scale,  // sm_scale * log2(e)
-                   int num_seqs,         // from first_seq on
+                   Divisor num_kv_heads,
+                   Divisor num_seqs,     // from first_seq on
                    int num_row_tiles) {  // that the longest query has
   using QueryLayout = PanelLayout<kHeadDim, kRows>;
   using TileLayout = PanelLayout<kHeadDim, kKeys>;
@@ -170,11 +174,10 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
   __syncthreads();
 
   const int lane = threadIdx.x % kWarpSize;
-  const Divisor group(num_heads / kv.num_kv_heads);
   query_start_loc += first_seq;
   seq_lens += first_seq;
   block_tables += (long long)first_seq * max_blocks;
-  TileWalk walk(query_start_loc, num_seqs, num_row_tiles, kv.num_kv_heads, group);
+  TileWalk walk(query_start_loc, num_seqs, num_row_tiles, num_kv_heads, group.value);
   const auto row_tile = [&] {
     const PrefillRows rows(query_start_loc, seq_lens, walk.seq, walk.kv_head, kv.num_kv_heads, group);
     return RowTile<kKeys>(rows, walk.first_row, window);
@@ -253,6 +256,13 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
     float factors[2];               // that move them to the next base
     SoftmaxState state[2];          // of rows lane / 4 and + 8; sum is this lane's share
 
+    int seen_begin, seen_end;       // keys that all of the warp's rows see
+    auto find_seen = [&](const RowTile<kKeys>& tile) {
+      const int warp_row = tile.first_row + warp * 16;
+      seen_begin = tile.rows.end_of(warp_row + 15) - window;
+      seen_end = tile.rows.end_of(warp_row);
+    };
+
     auto release = [&](unsigned long long* barrier) {
       if (lane == 0) mbarrier_arrive(barrier);
     };
@@ -279,9 +289,8 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
     };
     // Turns scores of keys from `key` on into weights, still in float32.
     auto softmax = [&](const RowTile<kKeys>& tile, int key) {
-      const int warp_row = tile.first_row + warp * 16;
-      if (key + kKeys > tile.rows.end_of(warp_row) || key < tile.rows.end_of(warp_row + 15) - window) {
-        // Some row doesn't see all of them.
+      if (key < seen_begin || key + kKeys > seen_end) {  // some row doesn't see all of them
+        const int warp_row = tile.first_row + warp * 16;
         const int ends[2] = {tile.rows.end_of(warp_row + lane / 4), tile.rows.end_of(warp_row + lane / 4 + 8)};
 #pragma unroll
         for (int i = 0; i < kKeys / 2; ++i) {
@@ -290,21 +299,25 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
           if (place >= end || place < end - window) scores[i] = kNegInf;
         }
       }
+      float tops[4] = {kNegInf, kNegInf, kNegInf, kNegInf};  // two a row: shorter chains of instructions
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; i += 2)
+        tops[i / 2 % 4] = fmaxf(tops[i / 2 % 4], fmaxf(scores[i], scores[i + 1]));
+      float bases[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float top = kNegInf;
-#pragma unroll
-        for (int i = 2 * half; i < kKeys / 2; i += 4) top = fmaxf(top, fmaxf(scores[i], scores[i + 1]));
+        float top = fmaxf(tops[half], tops[half + 2]);
         top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 1));
         top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2));  // now over the row's four lanes
-        factors[half] = state[half].raise_max(top * scale);
-        const float base = state[half].base();
+        factors[half] = state[half].raise_max_if_exceeded(top * scale);
+        bases[half] = state[half].base();
+      }
 #pragma unroll
-        for (int i = 2 * half; i < kKeys / 2; i += 4) {
-          scores[i] = ex2_approx_ftz(fmaf(scores[i], scale, -base));
-          scores[i + 1] = ex2_approx_ftz(fmaf(scores[i + 1], scale, -base));
-          state[half].sum += scores[i] + scores[i + 1];
-        }
+      for (int i = 0; i < kKeys / 2; i += 2) {
+        const int half = i / 2 % 2;
+        scores[i] = ex2_approx_ftz(fmaf(scores[i], scale, -bases[half]));
+        scores[i + 1] = ex2_approx_ftz(fmaf(scores[i + 1], scale, -bases[half]));
+        state[half].sum += scores[i] + scores[i + 1];
       }
     };
     auto round_weights = [&] {
@@ -344,6 +357,7 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
     bool has_next = walk.next();
     if (has_next) {
       RowTile<kKeys> tile = row_tile(), next = tile;
+      find_seen(tile);
       int number = 0;      // of the tile's keys that are scored next
       int query_fill = 0;  // of the queries that score them
       int phase = 0;       // parity of the phases in which slot 0 is used next
@@ -360,6 +374,7 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
       softmax(tile, tile.first_key);
       mbarrier_wait(values_full, 0);
       round_weights();
+      bool keys_are_there = mbarrier_test_wait(keys_full + 1, 0);
 
       // The weights are there: weigh the values in this slot, and score the keys in the other one.
       for (bool more = true; more; phase ^= 1) {
@@ -386,10 +401,11 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
             }
             tile = next;
             number = 0;
+            find_seen(tile);
             state[0] = state[1] = SoftmaxState{};
             mbarrier_wait(queries_full + query_fill % kQueryTiles, query_fill / kQueryTiles % 2);
           }
-          mbarrier_wait(keys_full + other, parity);
+          if (!keys_are_there) mbarrier_wait(keys_full + other, parity);
           turns.take();
           start_scores(query_fill % kQueryTiles, other);
           start_values(slot);
@@ -401,19 +417,21 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
           wgmma_wait_group<1>();  // the scores
           wgmma_hold(scores);
           release(keys_empty + other);
+          const bool values_are_there = mbarrier_test_wait(values_full + other, parity);
           softmax(tile, tile.first_key + number * kKeys);
-          // ptxas would move the wait for the products to before the softmax, if it weren't for this one, which seems to
+          // ptxas would move the wait for the products to before the softmax, if it weren't for this branch, which seems to
           // depend on it: sums of weights are never negative.
-          mbarrier_wait(values_full + other, parity ^ (state[0].sum + state[1].sum < 0.f));
+          if (!values_are_there || state[0].sum + state[1].sum < 0.f) mbarrier_wait(values_full + other, parity);
           wgmma_wait_group<0>();
           wgmma_hold(sums);
           release(values_empty + slot);
+          keys_are_there = mbarrier_test_wait(keys_full + slot, phase ^ 1);
           if (is_last) {
             scale_sums(last_factors);
             store(done);
 #pragma unroll
             for (int i = 0; i < kHeadDim / 2; ++i) sums[i] = 0.f;
-          } else {
+          } else if (__any_sync(kFullMask, factors[0] != 1.f || factors[1] != 1.f)) {
             scale_sums(factors);
           }
           round_weights();

@@ -17,10 +17,10 @@ struct PrefillRows {
 
   __device__ __forceinline__ PrefillRows(const int* query_start_loc,  // [num_seqs + 1]
                                          const int* seq_lens,         // [num_seqs]
-                                         int seq, int kv_head, int num_kv_heads, Divisor group)
+                                         int seq, int kv_head, int num_kv_heads, const Divisor& group)
       : first_token(query_start_loc[seq]), kv_head(kv_head), num_kv_heads(num_kv_heads), group(group) {
     const int query_len = query_start_loc[seq + 1] - first_token;
-    num_rows = query_len * group;
+    num_rows = query_len * group.value;
     context_len = seq_lens[seq] - query_len;
   }
 
@@ -34,7 +34,7 @@ struct PrefillRows {
     for (int i = thread; i < kRows * Layout::kChunks; i += kNumThreads) {
       const int row = i / Layout::kChunks, chunk = i % Layout::kChunks;
       const int source = min(first + row, num_rows - 1);
-      const scalar_t* src = qkv + head(source, (group + 2) * num_kv_heads) * (Layout::kChunks * 8) + chunk * 8;
+      const scalar_t* src = qkv + head(source, (group.value + 2) * num_kv_heads) * (Layout::kChunks * 8) + chunk * 8;
       cp_async_16(tile + Layout::offset(row, chunk), src, source == first + row);
     }
   }
@@ -46,7 +46,7 @@ struct PrefillRows {
     for (int i = threadIdx.x % kWarpSize; i < kRows * Layout::kChunks; i += kWarpSize) {
       const int row = i / Layout::kChunks, chunk = i % Layout::kChunks;
       if (first + row < num_rows)
-        store_vec(out + head(first + row, group * num_kv_heads) * kHeadDim + chunk * 8,
+        store_vec(out + head(first + row, group.value * num_kv_heads) * kHeadDim + chunk * 8,
                   load_vec(tile + Layout::offset(row, chunk)));
     }
   }
@@ -54,7 +54,7 @@ struct PrefillRows {
  private:
   // The row's place among the heads of all tokens, each of which has heads_a_token.
   __device__ __forceinline__ long long head(int row, int heads_a_token) const {
-    return (long long)(first_token + row / group) * heads_a_token + kv_head * group + row % group;
+    return (long long)(first_token + row / group) * heads_a_token + kv_head * group.value + row % group;
   }
 };
 

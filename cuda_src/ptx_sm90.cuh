@@ -29,6 +29,17 @@ __device__ __forceinline__ void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
 }
 
+// Whether the phase of this parity has completed, as one can ask ahead of a wait. Where it has, no wait is needed.
+__device__ __forceinline__ bool mbarrier_test_wait(unsigned long long* barrier, int parity) {
+  unsigned done;
+  asm volatile(
+      "{.reg .pred done; mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2; selp.b32 %0, 1, 0, done;}\n"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 __device__ __forceinline__ bool mbarrier_try_wait(unsigned long long* barrier, int parity) {
   unsigned done;
   asm volatile(

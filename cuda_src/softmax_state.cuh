@@ -26,6 +26,13 @@ struct alignas(8) SoftmaxState {
     return factor;
   }
 
+  // The same with room for scores that exceed max by kSlack: max stays until there are greater ones, so that `out` seldom
+  // has to move. A sum of weights up to 2^kSlack is as exact.
+  static constexpr float kSlack = 8.f;
+  __device__ __forceinline__ float raise_max_if_exceeded(float score_max) {
+    return raise_max(score_max > max + kSlack ? score_max : max);
+  }
+
   struct Factors {
     float mine, other;
   };

@@ -11,6 +11,7 @@ import numpy as np
 from cupaged.kernels.checks import C_TYPE, HALF_TYPES, ceil_div, check, check_that
 from cupaged.kernels.compile import load_kernel
 from cupaged.kernels.device import device_info
+from cupaged.kernels.divisor import divisor
 from cupaged.kernels.paged_attention import MAX_GRID_YZ, check_attention, kernel_window, softmax_scale
 from cupaged.kernels.paged_kv import paged_kv
 
@@ -105,7 +106,7 @@ def paged_prefill(
         seq_lens,
         query_start_loc,
         paged_kv(arena, layer),
-        np.int32(num_heads),
+        divisor(num_heads // layout.num_kv_heads),
         np.int32(block_tables.shape[1]),
         np.int32(layout.block_size.bit_length() - 1),
         np.int32(num_decodes),
@@ -114,6 +115,6 @@ def paged_prefill(
     ]
     grid = (layout.num_kv_heads, num_seqs - num_decodes, num_tiles)
     if kernel.is_persistent:
-        args += [np.int32(num_seqs - num_decodes), np.int32(num_tiles)]
+        args += [divisor(layout.num_kv_heads), divisor(num_seqs - num_decodes), np.int32(num_tiles)]
         grid = (min(math.prod(grid), num_blocks or device_info().num_sms),)
     load_kernel(kernel.file, kernel.name)(grid, (kernel.num_threads,), tuple(args), shared_mem=kernel.shared_bytes)

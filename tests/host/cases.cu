@@ -1,5 +1,6 @@
 // cases.cu: small kernels that try the host build: first what must work, then what must be found.
 #include "common.cuh"
+#include "divisor.cuh"
 #include "ptx_sm90.cuh"
 
 // -- what must work -----------------------------------------------------------------------------------------
@@ -172,6 +173,27 @@ __global__ void engine_ring(float* out, const float* x, int num_tiles) {
       if (kFault != EngineFault::kArrivesEarly && lane == 0) mbarrier_arrive(empty + slot);
     }
   }
+}
+
+enum class TurnFault { kNone, kNoPass, kNoEnd, kOtherCount };
+
+// Two warps write down their numbers in turn, the first one first.
+template <TurnFault kFault>
+__global__ void warp_turns(int* out, int* count, int num_turns) {
+  const int warp = threadIdx.x / 32;
+  if (warp == 1) bar_arrive(1, 64);
+  for (int turn = 0; turn < num_turns; ++turn) {
+    bar_sync(1 + warp, 64);
+    if (threadIdx.x % 32 == 0) out[(*count)++] = warp;
+    if (kFault != TurnFault::kNoPass || warp == 1) bar_arrive(2 - warp, kFault == TurnFault::kOtherCount ? 96 : 64);
+  }
+  if (warp == 0 && kFault != TurnFault::kNoEnd) bar_sync(1, 64);
+}
+
+// out[i] = x[i] / divisor, out[n + i] = x[i] % divisor
+__global__ void divide(int* out, const int* x, Divisor divisor, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) out[i] = x[i] / divisor, out[n + i] = x[i] % divisor;
 }
 
 // What a cp.async reads when: the source changes between issue and wait, and the destination is looked at last.

@@ -172,6 +172,12 @@ void mbarrier_arrive_expect_tx(void* barrier, int num_bytes) {
   if (coin()) wait_for_others(State::kDelayed);
 }
 
+bool mbarrier_test_wait(void* barrier, int parity) {
+  ENTER();
+  access(barrier, sizeof(Mbarrier), Access::kRead);
+  return mbarrier_is_past(barrier, parity);
+}
+
 void mbarrier_wait(void* barrier, int parity, Site site) {
   ENTER();
   access(barrier, sizeof(Mbarrier), Access::kRead);

@@ -13,6 +13,7 @@ import pytest
 
 from cupaged.kernels.checks import BFLOAT16, C_TYPE, FLOAT16
 from cupaged.kernels.compile import NULL
+from cupaged.kernels.divisor import divisor
 from host.build import HOST_DIR, HostKernelError, HostLoader, encode_tensor_map, find_compiler, known_flags
 from kernel_tools import IMPOSSIBLE_BLOCK_ID, HostRunner, PagedCache, assert_close, is_poison, poisoned
 
@@ -151,6 +152,42 @@ def test_a_ring_filled_by_the_copy_engine(compiler, seed):
 def test_a_wrong_ring_filled_by_the_copy_engine_is_found(compiler, fault, message, seed):
     with pytest.raises(HostKernelError, match=message):
         run_engine_ring(compiler, fault, seed)
+
+
+def run_warp_turns(compiler, fault, seed):
+    out, count = np.full(8, -1, np.int32), np.zeros(1, np.int32)
+    kernel = HostLoader(HOST_DIR, seed)("cases.cu", f"warp_turns<TurnFault::{fault}>")
+    kernel((1,), (64,), (out, count, np.int32(4)))
+    return out.tolist()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_warps_take_turns_at_numbered_barriers(compiler, seed):
+    assert run_warp_turns(compiler, "kNone", seed) == [0, 1] * 4
+
+
+@pytest.mark.watcher
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("kNoPass", "bar_sync: nobody is left to complete the phase"),
+        ("kNoEnd", "one of its numbered barriers still waits for threads"),
+        ("kOtherCount", "barrier 2: is for 64 threads this time; got 96|barrier 2: is for 96 threads this time; got 64"),
+    ],
+)
+def test_wrong_turns_are_found(compiler, fault, message):
+    with pytest.raises(HostKernelError, match=message):
+        run_warp_turns(compiler, fault, 1)
+
+
+@pytest.mark.parametrize("value", [1, 2, 3, 4, 7, 131, 132, 4095, 4096, 65537, 2**30, 2**31 - 1])
+def test_divisors(load, rng, value):
+    multiples = np.arange(0, 2**31, value, np.int64)[:: max(1, 2**31 // value // 1000)]
+    x = np.concatenate([multiples - 1, multiples, multiples + 1, rng.integers(0, 2**31, 1000), [2**31 - 1]])
+    x = x[(x >= 0) & (x < 2**31)].astype(np.int32)
+    out = np.full((2, x.size), -1, np.int32)
+    load("divide")((-(-x.size // 128),), (128,), (out, x, divisor(value), np.int32(x.size)))
+    np.testing.assert_array_equal(out, np.divmod(x.astype(np.int64), value))
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)

@@ -12,6 +12,9 @@ inline void mbarrier_arrive_expect_tx(unsigned long long* barrier, int num_bytes
   host::mbarrier_arrive_expect_tx(barrier, num_bytes);
 }
 inline void mbarrier_init_fence() {}
+inline bool mbarrier_test_wait(unsigned long long* barrier, int parity) {
+  return host::mbarrier_test_wait(barrier, parity);
+}
 inline void mbarrier_wait(unsigned long long* barrier, int parity, host::Site site = host::Site::here()) {
   host::mbarrier_wait(barrier, parity, site);
 }

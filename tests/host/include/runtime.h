@@ -63,6 +63,7 @@ unsigned shared_address(const void* p);
 void mbarrier_init(void* barrier, int num_arrivals);
 void mbarrier_arrive(void* barrier);
 void mbarrier_arrive_expect_tx(void* barrier, int num_bytes);
+bool mbarrier_test_wait(void* barrier, int parity);
 void mbarrier_wait(void* barrier, int parity, Site site);
 void bar_sync(int id, int num_threads, Site site);
 void bar_arrive(int id, int num_threads);
