@@ -1,16 +1,17 @@
 // paged_prefill_sm90.cu: what paged_prefill.cu computes, on Hopper's warpgroup products.
 //
-// Work:     as many thread blocks as SMs, each taking tiles of 128 query rows (rows: prefill_rows.cuh) of a sequence and
-//           a kv head, the longest first (TileWalk). Of its first warpgroup one warp has tiles of kKeys keys and values in
-//           turn (K0 V0 K1 V1 ...) brought by the copy engine into a ring of four, as they lie in the cache; the others
-//           fetch queries, a tile ahead. The two other warpgroups multiply, 64 rows each.
-// Overlap:  while the tensor cores weigh the values of one tile, after they have scored the next, a warpgroup takes the
-//           softmax of those scores. The warpgroups take turns in giving the tensor cores work (Turns), so that the rest of
-//           one's softmax runs under the other's products.
-// Barriers: full[s] completes when the bytes have come to slot s, empty[s] is arrived at by each multiplying warp; in the
-//           same way queries_full by each fetching thread and queries_empty.
-// Numerics: as in paged_prefill.cu, and as there a token's bits don't depend on how its prompt was cut into chunks, nor
-//           on the batch.
+// Work:     as many thread blocks as SMs, which take tiles of 128 query rows (rows: prefill_rows.cuh) of a sequence and
+//           a kv head, the longest first (TileWalk). Of the first warpgroup, one warp has tiles of kKeys keys brought by
+//           the copy engine, as they lie in the cache, one those of values; the two others fetch queries, a tile ahead.
+//           The second and third warpgroup multiply, 64 rows each.
+// Overlap:  while the tensor cores weigh the values of one tile, after they have scored the keys of the next, a warpgroup
+//           takes the softmax of those scores; also where the next keys are those of the next tile of rows. The
+//           warpgroups take turns in giving the tensor cores work (Turns), so that one's softmax runs under the other's
+//           products.
+// Barriers: ..._full[s] completes when the bytes have come to slot s (of the queries: when those who fetch them have
+//           arrived), ..._empty[s] when all multiplying warps have done with them.
+// Numerics: as in paged_prefill.cu, but for sums, whose base follows the maximum only where that has grown by much. A
+//           token's bits don't depend on how its prompt was cut into chunks, nor on the batch or the grid.
 // Bound:    flops, 4 * head_dim a row and key: 2,048 clocks of the tensor cores for a tile of 128 keys at head_dim 128,
 //           beside 1,024 of the units that take powers of 2. Measured: docs/performance.md.
 #include "common.cuh"
@@ -24,11 +25,11 @@ constexpr int kGroup = 128;              // threads of a warpgroup
 constexpr int kConsumers = 2;            // warpgroups that multiply
 constexpr int kGroupRows = 64;           // query rows of each
 constexpr int kRows = kConsumers * kGroupRows;
-constexpr int kSlots = 2;                // tiles of keys, and as many of values: in use, and on its way
+constexpr int kSlots = 2;                // tiles of keys, and of values: in use, and on its way
 constexpr int kQueryTiles = 2;           // of the queries: in use, and on its way
 constexpr int kQueryThreads = kGroup - 2 * kWarpSize;  // that fetch queries
 
-// Where the 16-byte chunks of a tile [kTileRows, kColumns] lie, as wgmma wants them: in the order of a block of the cache.
+// Where the 16-byte chunks of a tile [kTileRows, kColumns] lie, as wgmma wants them: as in a block of the cache.
 template <int kColumns, int kTileRows>
 struct PanelLayout {
   static constexpr int kChunks = kColumns / 8;
@@ -272,16 +273,18 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kHeadDim / 16; ++i) {
-        const int a_offset = (i / 4 * QueryLayout::kPanel + i % 4 * 16) / 8, b_offset = (i / 4 * TileLayout::kPanel + i % 4 * 16) / 8;
+        const int panel = i / 4, part = i % 4;
         if (i == 0)
           wgmma_ss<scalar_t, false>(scores, a, b);
-        else
-          wgmma_ss<scalar_t>(scores, a + a_offset, b + b_offset);
+        else  // descriptors count by 16 bytes
+          wgmma_ss<scalar_t>(scores, a + panel * QueryLayout::kPanel / 8 + 2 * part,
+                             b + panel * TileLayout::kPanel / 8 + 2 * part);
       }
       wgmma_commit_group();
     };
     auto start_values = [&](int slot) {
-      const unsigned long long b = wgmma_transposed(values + slot * kTileSize, TileLayout::kPanel * (int)sizeof(scalar_t));
+      const unsigned long long b = wgmma_transposed(values + slot * kTileSize,
+                                                    TileLayout::kPanel * (int)sizeof(scalar_t));
       wgmma_fence();
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) wgmma_rs<scalar_t>(sums, weights[n], b + 128 * n);
@@ -419,8 +422,8 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
           release(keys_empty + other);
           const bool values_are_there = mbarrier_test_wait(values_full + other, parity);
           softmax(tile, tile.first_key + number * kKeys);
-          // ptxas would move the wait for the products to before the softmax, if it weren't for this branch, which seems to
-          // depend on it: sums of weights are never negative.
+          // ptxas would move the wait for the products to before the softmax, if it weren't for this branch, which
+          // seems to depend on it: sums of weights are never negative.
           if (!values_are_there || state[0].sum + state[1].sum < 0.f) mbarrier_wait(values_full + other, parity);
           wgmma_wait_group<0>();
           wgmma_hold(sums);

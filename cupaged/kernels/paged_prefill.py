@@ -30,8 +30,7 @@ class PrefillKernel(NamedTuple):
     num_rows: int  # of a thread block: (token, head of the group) pairs
     num_threads: int
     shared_bytes: int
-    # Launched once for each multiprocessor; it deals the tiles of rows out itself, and wants to know how many.
-    is_persistent: bool = False
+    is_persistent: bool = False  # one thread block an SM; these deal out the tiles of rows among them
 
 
 def prefill_kernel(dtype: np.dtype, head_dim: int) -> PrefillKernel:
