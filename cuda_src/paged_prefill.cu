@@ -8,9 +8,11 @@
 // Work:     one thread block per (tile of query rows, sequence, kv head); rows: prefill_rows.cuh. Each warp owns
 //           16 * kRowTiles rows for the whole row of keys and walks over the key tiles that any of the block's rows
 //           attends to; the latest tokens, which have the most keys, go first.
+// Splits:   few rows over many keys would leave most of the GPU idle: the keys of a tile of rows are split then over
+//           num_splits thread blocks at most, of which the last one to finish merges, in the order of the keys.
 // Numerics: scores, weights and sums in float32, weights rounded to scalar_t before they meet V; one rounding at the
 //           store. Key tiles lie at absolute positions and a tile that a row can't see leaves its state as it was, bit
-//           for bit, so a token's result doesn't depend on how its prompt was cut into chunks.
+//           for bit, so that without splits a token's result doesn't depend on how its prompt was cut into chunks.
 // Traffic:  K and V of a tile serve 16 * kRowTiles * kNumWarps rows: bound by the tensor cores. Measured: docs/performance.md.
 #include "common.cuh"
 #include "paged_kv.cuh"
@@ -19,9 +21,26 @@
 #include "ptx.cuh"
 #include "warp_attention.cuh"
 
-constexpr int kStages = 2;  // in the ring: K of the next tile arrives under this tile's V, and V under K
+constexpr int kStages = 2;       // in the ring: K of the next tile arrives under this tile's V, and V under K
+constexpr int kMinSplit = 1024;  // keys of a split, if there are several; twin in paged_prefill.py
 
-// grid (num_kv_heads, sequences from first_seq on, tiles that the longest query has), kNumWarps * 32 threads
+// The keys of one split, and how many splits there are, of begin .. end - 1. Splits begin with a tile.
+template <int kKeys>
+struct KeySplit {
+  int begin, end, count;
+
+  __device__ __forceinline__ KeySplit(int index, int num_splits, int begin, int end) {
+    static_assert(kMinSplit % kKeys == 0, "splits must begin with a tile");
+    const int start = begin / kKeys * kKeys, span = max(0, end - start);
+    const int size = max(kMinSplit, ceil_div(ceil_div(span, num_splits), kKeys) * kKeys);
+    count = num_splits == 1 ? 1 : max(1, ceil_div(span, size));
+    this->begin = max(begin, start + index * size);
+    this->end = count == 1 ? end : min(end, start + (index + 1) * size);
+  }
+};
+
+// grid (num_kv_heads * num_splits, sequences from first_seq on, tiles that the longest query has), kNumWarps * 32
+// threads. Scratch of a tile of rows, tiles in the order of sequence, tile and kv head; unused with one split.
 template <typename scalar_t,  // __half or __nv_bfloat16: q, cache, out
           int kHeadDim,       // dimensions of a head
           int kNumWarps,      // warps a thread block
@@ -33,8 +52,12 @@ paged_prefill(scalar_t* __restrict__ out,               // [num_tokens, num_head
               const int* __restrict__ block_tables,     // [num_seqs, max_blocks]
               const int* __restrict__ seq_lens,         // [num_seqs]
               const int* __restrict__ query_start_loc,  // [num_seqs + 1]
-              PagedKV kv, Divisor group, int max_blocks, int block_shift, int first_seq, int window,
-              float scale) {  // sm_scale * log2(e)
+              PagedKV kv, int num_heads, int max_blocks, int block_shift, int first_seq, int window,
+              float scale,                   // sm_scale * log2(e)
+              float* partial_outs,           // [tiles, num_splits, kRows, kHeadDim] scratch
+              SoftmaxState* partial_states,  // [tiles, num_splits, kRows] scratch
+              int* counters,                 // [tiles] zeros before and after
+              int num_splits) {
   constexpr int kNumThreads = kNumWarps * kWarpSize;
   constexpr int kWarpRows = 16 * kRowTiles, kRows = kNumWarps * kWarpRows;
   using Layout = TileLayout<kHeadDim>;
@@ -42,20 +65,24 @@ paged_prefill(scalar_t* __restrict__ out,               // [num_tokens, num_head
   static_assert((kStages * kKeys + kRows) * kHeadDim * (int)sizeof(scalar_t) <= kMaxSharedBytes,
                 "the ring and the query tile must fit the shared memory that every GPU has: take smaller tiles");
 
-  const int kv_head = blockIdx.x, seq = first_seq + blockIdx.y;
+  const int kv_head = blockIdx.x / num_splits, split_index = blockIdx.x % num_splits;
+  const int seq = first_seq + blockIdx.y;
   griddepcontrol_wait();
   griddepcontrol_launch_dependents();
-  const PrefillRows rows(query_start_loc, seq_lens, seq, kv_head, kv.num_kv_heads, group);
+  const PrefillRows rows(query_start_loc, seq_lens, seq, kv_head, kv.num_kv_heads,
+                         Divisor(num_heads / kv.num_kv_heads));
   const int first_row = (gridDim.z - 1 - blockIdx.z) * kRows;
   if (first_row >= rows.num_rows) return;  // the whole thread block
+  const KeySplit<kKeys> split(split_index, num_splits, max(0, rows.end_of(first_row) - window),
+                              rows.end_of(first_row + kRows - 1));
+  if (split_index >= split.count) return;
 
   DYNAMIC_SHARED(shared);
   scalar_t* ring = reinterpret_cast<scalar_t*>(shared);   // [kStages, kKeys, kHeadDim]
   scalar_t* q_tile = ring + kStages * Stream::kTileSize;  // [kRows, kHeadDim]; in the end the results
 
   rows.copy<Layout, kRows, kNumThreads>(q_tile, qkv, first_row, threadIdx.x);
-  Stream stream(ring, {kv, block_tables + (long long)seq * max_blocks, block_shift, kv_head,
-                       max(0, rows.end_of(first_row) - window), rows.end_of(first_row + kRows - 1)});
+  Stream stream(ring, {kv, block_tables + (long long)seq * max_blocks, block_shift, kv_head, split.begin, split.end});
   stream.prefetch();
 
   const int lane = threadIdx.x % kWarpSize;
@@ -84,6 +111,40 @@ paged_prefill(scalar_t* __restrict__ out,               // [num_tokens, num_head
     if (seen) attention.weigh(v_tile, 0);
   }
   attention.finish();
+
+  if (split.count > 1) {
+    const long long tile = ((long long)blockIdx.y * gridDim.z + blockIdx.z) * kv.num_kv_heads + kv_head;
+    float* outs = partial_outs + tile * num_splits * kRows * kHeadDim;
+    SoftmaxState* states = partial_states + tile * num_splits * kRows;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = split_index * kRows + warp_row + 16 * r + 8 * half + lane / 4;
+        if (lane % 4 == 0) states[row] = attention.state[r][half];
+#pragma unroll
+        for (int j = 0; j < kHeadDim / 8; ++j)
+          *reinterpret_cast<float2*>(outs + row * kHeadDim + 8 * j + lane % 4 * 2) =
+              make_float2(attention.out[r][j][2 * half], attention.out[r][j][2 * half + 1]);
+      }
+    cp_async_wait_group<0>();
+    if (!is_last_to_arrive(counters + tile, split.count)) return;
+    // The merged rows go through shared memory too, as scalar_t.
+    for (int i = threadIdx.x; i < kRows * (kHeadDim / 4); i += kNumThreads) {
+      const int row = i / (kHeadDim / 4), column = i % (kHeadDim / 4) * 4;
+      float columns[4];
+      const SoftmaxState state = merge_parts(columns, states + row, kRows, outs + row * kHeadDim + column,
+                                             kRows * kHeadDim, split.count);
+      const float factor = state.inverse_sum();
+      uint2 packed;
+      packed.x = pack_pair<scalar_t>(columns[0] * factor, columns[1] * factor);
+      packed.y = pack_pair<scalar_t>(columns[2] * factor, columns[3] * factor);
+      *reinterpret_cast<uint2*>(q_tile + Layout::offset(row, column / 8) + column % 8) = packed;
+    }
+    __syncthreads();
+    rows.store<Layout, kWarpRows, kHeadDim>(out, q_tile + Layout::offset(warp_row, 0), first_row + warp_row);
+    return;
+  }
 
   // Each warp puts its rows where its queries were, and from there in 16-byte stores into out.
   cp_async_wait_group<0>();

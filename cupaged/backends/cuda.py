@@ -32,7 +32,7 @@ from cupaged.kernels.linear_small import MAX_ROWS, linear_small, linear_small_si
 from cupaged.kernels.logits import edit_logits, keep_allowed
 from cupaged.kernels.logprobs import logprobs
 from cupaged.kernels.paged_decode import decode_workspace_size, paged_decode
-from cupaged.kernels.paged_prefill import KERNELS, paged_prefill
+from cupaged.kernels.paged_prefill import KERNELS, paged_prefill, prefill_workspace_size
 from cupaged.kernels.paged_prefill_sm90 import KERNELS_SM90
 from cupaged.kernels.rms_norm import rms_norm
 from cupaged.kernels.rope import rope_and_store_kv
@@ -315,6 +315,7 @@ class CudaBackend:
         self._batch_staging: PinnedRing | None = None
         self._batch_buffer: Array | None = None  # uint8: all arrays of a batch
         self._decode_workspace: Array | None = None  # uint8: the partial results of split sequences
+        self._prefill_workspace: Array | None = None  # uint8: the same, of prompts
         self._linear_workspace: Array | None = None  # uint8: the partial sums of split matrix products
         self._layers: Layers | None = None  # whose addresses are known
         self._sm90 = False  # whether Hopper's own kernels take the portable ones' place
@@ -391,6 +392,7 @@ class CudaBackend:
             max_num_seqs, config.num_heads, config.num_kv_heads, config.head_dim, max_model_len
         )
         self._decode_workspace = self._zeros(_padded(num_bytes))
+        self._prefill_workspace = self._zeros(prefill_workspace_size(self.dtype, config.head_dim))
         self._linear_workspace = self._zeros(linear_workspace_size(device_info()))
 
         max_blocks = ceil_div(max_model_len, min(BLOCK_SIZES))  # the arena's block size isn't known yet
@@ -433,7 +435,7 @@ class CudaBackend:
                 ring.wait()
         self._copier.close()
         self._staging = self._small_staging = self._batch_staging = self._batch_buffer = self._fetches = None
-        self._decode_workspace = self._linear_workspace = self._layers = None
+        self._decode_workspace = self._prefill_workspace = self._linear_workspace = self._layers = None
 
     # -- the cache -----------------------------------------------------------------------------------------
 
@@ -494,7 +496,8 @@ class CudaBackend:
         if batch.num_decodes < batch.num_seqs:
             paged_prefill(
                 out, qkv, arena, layer, *sequences, batch.query_start_loc,
-                max_query_len=batch.max_query_len, kernels=KERNELS_SM90 if self._sm90 else KERNELS, **common,
+                max_query_len=batch.max_query_len, kernels=KERNELS_SM90 if self._sm90 else KERNELS,
+                workspace=self._prefill_workspace, max_seq_len=batch.max_seq_len, **common,
             )  # fmt: skip
 
     # -- sampling ------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cupaged.kernels.checks import C_TYPE, HALF_TYPES, ceil_div, check, check_that
-from cupaged.kernels.compile import load_kernel
+from cupaged.kernels.compile import NULL, load_kernel
 from cupaged.kernels.device import device_info
 from cupaged.kernels.divisor import divisor
 from cupaged.kernels.paged_attention import MAX_GRID_YZ, check_attention, kernel_window, softmax_scale
@@ -17,6 +17,9 @@ from cupaged.kernels.paged_kv import paged_kv
 
 NUM_WARPS = 4
 NUM_STAGES = 2  # kStages in paged_prefill.cu
+MIN_SPLIT = 1024  # kMinSplit in paged_prefill.cu
+MAX_SPLITS = 32  # of one tile of rows
+BLOCKS_PER_SM = 2  # of paged_prefill, that a multiprocessor holds at once
 
 # head_dim -> (16-row query tiles a warp, keys a tile): what 255 registers a thread and 99 KB of shared memory hold.
 TILES = {64: (2, 64), 80: (2, 64), 96: (2, 64), 128: (2, 64), 256: (1, 64)}
@@ -55,6 +58,38 @@ def instantiations() -> Iterator[tuple[str, str]]:
 KERNELS = dict.fromkeys(TILES, prefill_kernel)
 
 
+def _num_splits(num_tiles: int, max_seq_len: int) -> int:
+    """Over how many thread blocks the keys of each of so many tiles of rows are split at most: so that all are on the
+    GPU at once, if tiles alone would leave half of it idle."""
+    num_sms = device_info().num_sms
+    if 2 * num_tiles > num_sms:
+        return 1
+    return min(MAX_SPLITS, BLOCKS_PER_SM * num_sms // num_tiles, ceil_div(max_seq_len, MIN_SPLIT))
+
+
+def prefill_workspace_size(dtype: np.dtype, head_dim: int) -> int:
+    """Bytes of `workspace` that `paged_prefill` wants: for each thread block that is on the GPU at once a float32
+    output and a state of 8 bytes for each row, and a counter for each tile."""
+    num_blocks = BLOCKS_PER_SM * device_info().num_sms
+    return num_blocks * (prefill_kernel(dtype, head_dim).num_rows * (4 * head_dim + 8) + 16)
+
+
+def _scratch(workspace, num_tiles: int, num_splits: int, kernel: PrefillKernel, head_dim: int) -> tuple:
+    """Partial outputs, their states, counters; nulls when there is one split."""
+    if num_splits == 1:
+        return NULL, NULL, NULL
+    outs_size = num_tiles * num_splits * kernel.num_rows * head_dim * 4
+    states_size = outs_size // head_dim * 2
+    # The counters lie at the end, where no batch's partial results come: they must stay zeros between launches.
+    counters_start = workspace.shape[0] - 4 * num_tiles
+    check_that(outs_size + states_size <= counters_start, f"workspace: {workspace.shape[0]} bytes are too few")
+    return (
+        workspace[:outs_size].view(np.float32),
+        workspace[outs_size : outs_size + states_size].view(np.uint64),
+        workspace[counters_start:].view(np.int32),
+    )
+
+
 def paged_prefill(
     out,
     qkv,
@@ -71,6 +106,8 @@ def paged_prefill(
     window: int = 0,
     kernels: Mapping[int, Callable[[np.dtype, int], PrefillKernel]] = KERNELS,
     num_blocks: int | None = None,
+    workspace=None,
+    max_seq_len: int | None = None,
 ) -> None:
     """`Backend.paged_attention` for the sequences after the first num_decodes.
 
@@ -79,6 +116,10 @@ def paged_prefill(
     int32; seq_lens [num_seqs] and query_start_loc [num_seqs + 1] int32 as in `Batch`, no query after the decodes longer
     than max_query_len. Rows of out that belong to the decodes are left alone. kernels: which one for which head_dim.
     num_blocks: thread blocks of a persistent kernel at most, by default one an SM; results don't depend on it.
+
+    workspace: uint8, at least `prefill_workspace_size` bytes, zeros before its first use; what a launch leaves in it
+    suits the next. With it, and max_seq_len (no sequence after the decodes is longer), the keys of few rows are split
+    over thread blocks; without them never. Launches that share one must follow each other on one stream.
 
     Raises ValueError on arrays, sizes or a head_dim that don't fit.
     """
@@ -98,6 +139,12 @@ def paged_prefill(
     check_that(0 <= max_query_len <= most, f"max_query_len: expected 0 to {most}; got {max_query_len}")
     if num_seqs == num_decodes or num_tiles == 0:
         return
+    num_splits = 1
+    if workspace is not None:
+        num_splits = _num_splits(num_tiles * (num_seqs - num_decodes) * layout.num_kv_heads, max_seq_len)
+    if num_splits > 1:
+        kernel = prefill_kernel(qkv.dtype, layout.head_dim)
+        num_tiles = ceil_div(max_query_len * (num_heads // layout.num_kv_heads), kernel.num_rows)
     args = [
         out,
         qkv,
@@ -116,4 +163,7 @@ def paged_prefill(
     if kernel.is_persistent:
         args += [divisor(layout.num_kv_heads), divisor(num_seqs - num_decodes), np.int32(num_tiles)]
         grid = (min(math.prod(grid), num_blocks or device_info().num_sms),)
+    else:
+        args += [*_scratch(workspace, math.prod(grid), num_splits, kernel, layout.head_dim), np.int32(num_splits)]
+        grid = (layout.num_kv_heads * num_splits, *grid[1:])
     load_kernel(kernel.file, kernel.name)(grid, (kernel.num_threads,), tuple(args), shared_mem=kernel.shared_bytes)

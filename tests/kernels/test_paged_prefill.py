@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from host_device import H100
 
 from attention_tools import assert_teeth, attention_reference, pack_qkv, pointed_query
 from cupaged.kernels import paged_prefill as paged_prefill_module
 from cupaged.kernels import paged_prefill_sm90 as paged_prefill_sm90_module
 from cupaged.kernels.checks import BFLOAT16, FLOAT16
-from cupaged.kernels.paged_prefill import KERNELS, paged_prefill
+from cupaged.kernels.device import device_info, set_device_info
+from cupaged.kernels.paged_prefill import KERNELS, paged_prefill, prefill_workspace_size
 from cupaged.kernels.paged_prefill_sm90 import KERNELS_SM90
 from kernel_tools import PagedCache, assert_close, is_poison, poisoned
 
@@ -161,6 +163,59 @@ def test_matches_the_formula(runner, rng, case, kernels):
     expected, bound = reference(case, cache, query)
     assert_close(out, expected, atol=bound)
     assert_teeth(expected, bound)
+
+
+# With 132 multiprocessors, a tile of rows has up to 264 / tiles splits of at least 1,024 keys.
+SPLIT_CASES = [
+    Case(64, 16, 1, 4, ((9, 1029),)),  # the second split has a handful of keys, and some rows see none of them
+    Case(64, 16, 2, 2, ((40, 3100), (1, 20), (0, 0), (70, 1500), (3, 2048))),  # three splits, one, none, two
+    Case(128, 32, 1, 3, ((30, 2100), (50, 2050))),
+    Case(64, 8, 1, 1, ((130, 2300),), window=1100),  # splits begin where the tile's first row does, two tiles
+    Case(256, 64, 1, 1, ((5, 1100),), dtype=FLOAT16),
+]
+
+
+@pytest.fixture
+def h100_sms(runner):
+    """132 multiprocessors, whatever there is."""
+    set_device_info(H100 if hasattr(runner, "loader") else replace(device_info(), num_sms=H100.num_sms))
+    yield
+    set_device_info(None)
+
+
+def make_workspace(runner, case: Case):
+    return runner.array(np.zeros(prefill_workspace_size(case.dtype, case.head_dim), np.uint8))
+
+
+@pytest.mark.usefixtures("h100_sms")
+@pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
+def test_keys_of_few_rows_are_split(runner, rng, case):
+    """The workspace is left as the next launch wants it."""
+    cache = make_cache(runner, rng, case)
+    query = make_query(rng, case, cache)
+    workspace, max_seq_len = make_workspace(runner, case), max(seq_len for _, seq_len in case.lens)
+    split = {"workspace": workspace, "max_seq_len": max_seq_len}
+    out = run(runner, case, cache, query, **split)
+
+    expected, bound = reference(case, cache, query)
+    assert_close(out, expected, atol=bound)
+    assert out.tobytes() != run(runner, case, cache, query).tobytes()  # sums in another order
+    assert out.tobytes() == run(runner, case, cache, query, kernels=KERNELS_SM90, **split).tobytes()
+    counters = runner.host(workspace)[-4 * 132 :]
+    assert not counters.any()
+
+
+@both_tiers
+@pytest.mark.usefixtures("h100_sms")
+def test_keys_of_many_rows_or_short_sequences_are_not_split(runner, rng, kernels):
+    many = ((1, 1),) * 66 + ((3, 1100),)  # tiles of rows: more than half as many as multiprocessors
+    for case in (Case(64, 16, 1, 1, many), Case(64, 16, 1, 4, ((40, 1024), (3, 900)))):
+        cache = make_cache(runner, rng, case)
+        query = make_query(rng, case, cache)
+        split = {"workspace": make_workspace(runner, case), "max_seq_len": max(seq_len for _, seq_len in case.lens)}
+        out = run(runner, case, cache, query, kernels=kernels, num_blocks=None, **split)
+        assert out.tobytes() == run(runner, case, cache, query, kernels=kernels).tobytes()
+        assert not runner.host(split["workspace"]).any()
 
 
 @both_tiers
