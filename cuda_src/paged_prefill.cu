@@ -8,11 +8,12 @@
 // Work:     one thread block per (tile of query rows, sequence, kv head); rows: prefill_rows.cuh. Each warp owns
 //           16 * kRowTiles rows for the whole row of keys and walks over the key tiles that any of the block's rows
 //           attends to; the latest tokens, which have the most keys, go first.
-// Splits:   few rows over many keys would leave most of the GPU idle: the keys of a tile of rows are split then over
-//           num_splits thread blocks at most, of which the last one to finish merges, in the order of the keys.
+// Splits:   keys beyond the first kSplitKeys are split at multiples of that, so that few rows over many keys keep all of
+//           the GPU busy: a thread block each, of which the last one to finish merges, in the order of the keys.
 // Numerics: scores, weights and sums in float32, weights rounded to scalar_t before they meet V; one rounding at the
 //           store. Key tiles lie at absolute positions and a tile that a row can't see leaves its state as it was, bit
-//           for bit, so that without splits a token's result doesn't depend on how its prompt was cut into chunks.
+//           for bit; so do the parts of which it sees nothing, and splits lie at absolute positions. So a token's result
+//           depends neither on how its prompt was cut into chunks nor on the batch.
 // Traffic:  K and V of a tile serve 16 * kRowTiles * kNumWarps rows: bound by the tensor cores. Measured: docs/performance.md.
 #include "common.cuh"
 #include "paged_kv.cuh"
@@ -21,26 +22,23 @@
 #include "ptx.cuh"
 #include "warp_attention.cuh"
 
-constexpr int kStages = 2;       // in the ring: K of the next tile arrives under this tile's V, and V under K
-constexpr int kMinSplit = 1024;  // keys of a split, if there are several; twin in paged_prefill.py
+constexpr int kStages = 2;        // in the ring: K of the next tile arrives under this tile's V, and V under K
+constexpr int kSplitKeys = 4096;  // keys of a split; twin in paged_prefill.py
 
-// The keys of one split, and how many splits there are, of begin .. end - 1. Splits begin with a tile.
-template <int kKeys>
+// The keys of one of the splits that keys begin .. end - 1 lie in, and how many of these there are.
 struct KeySplit {
   int begin, end, count;
 
-  __device__ __forceinline__ KeySplit(int index, int num_splits, int begin, int end) {
-    static_assert(kMinSplit % kKeys == 0, "splits must begin with a tile");
-    const int start = begin / kKeys * kKeys, span = max(0, end - start);
-    const int size = max(kMinSplit, ceil_div(ceil_div(span, num_splits), kKeys) * kKeys);
-    count = num_splits == 1 ? 1 : max(1, ceil_div(span, size));
-    this->begin = max(begin, start + index * size);
-    this->end = count == 1 ? end : min(end, start + (index + 1) * size);
+  __device__ __forceinline__ KeySplit(int index, int begin, int end) {
+    const int first = begin / kSplitKeys;
+    count = end > begin ? (end - 1) / kSplitKeys - first + 1 : 1;
+    this->begin = max(begin, (first + index) * kSplitKeys);
+    this->end = min(end, (first + index + 1) * kSplitKeys);
   }
 };
 
-// grid (num_kv_heads * num_splits, sequences from first_seq on, tiles that the longest query has), kNumWarps * 32
-// threads. Scratch of a tile of rows, tiles in the order of sequence, tile and kv head; unused with one split.
+// grid (num_kv_heads * num_splits, sequences from first_seq on, tiles of rows down from last_tile), kNumWarps * 32
+// threads. Scratch: tiles in the order of sequence, row tile and kv head; unused where all keys lie in one split.
 template <typename scalar_t,  // __half or __nv_bfloat16: q, cache, out
           int kHeadDim,       // dimensions of a head
           int kNumWarps,      // warps a thread block
@@ -52,16 +50,18 @@ paged_prefill(scalar_t* __restrict__ out,               // [num_tokens, num_head
               const int* __restrict__ block_tables,     // [num_seqs, max_blocks]
               const int* __restrict__ seq_lens,         // [num_seqs]
               const int* __restrict__ query_start_loc,  // [num_seqs + 1]
-              PagedKV kv, int num_heads, int max_blocks, int block_shift, int first_seq, int window,
+              PagedKV kv, Divisor group, int max_blocks, int block_shift, int first_seq, int window,
               float scale,                   // sm_scale * log2(e)
               float* partial_outs,           // [tiles, num_splits, kRows, kHeadDim] scratch
               SoftmaxState* partial_states,  // [tiles, num_splits, kRows] scratch
               int* counters,                 // [tiles] zeros before and after
-              int num_splits) {
+              int num_splits,                // that a sequence's keys lie in at most
+              int last_tile) {
   constexpr int kNumThreads = kNumWarps * kWarpSize;
   constexpr int kWarpRows = 16 * kRowTiles, kRows = kNumWarps * kWarpRows;
   using Layout = TileLayout<kHeadDim>;
   using Stream = KVStream<scalar_t, kHeadDim, kKeys, kStages, kNumThreads>;
+  static_assert(kSplitKeys % kKeys == 0, "splits must begin with a tile");
   static_assert((kStages * kKeys + kRows) * kHeadDim * (int)sizeof(scalar_t) <= kMaxSharedBytes,
                 "the ring and the query tile must fit the shared memory that every GPU has: take smaller tiles");
 
@@ -69,12 +69,10 @@ paged_prefill(scalar_t* __restrict__ out,               // [num_tokens, num_head
   const int seq = first_seq + blockIdx.y;
   griddepcontrol_wait();
   griddepcontrol_launch_dependents();
-  const PrefillRows rows(query_start_loc, seq_lens, seq, kv_head, kv.num_kv_heads,
-                         Divisor(num_heads / kv.num_kv_heads));
-  const int first_row = (gridDim.z - 1 - blockIdx.z) * kRows;
+  const PrefillRows rows(query_start_loc, seq_lens, seq, kv_head, kv.num_kv_heads, group);
+  const int first_row = (last_tile - (int)blockIdx.z) * kRows;
   if (first_row >= rows.num_rows) return;  // the whole thread block
-  const KeySplit<kKeys> split(split_index, num_splits, max(0, rows.end_of(first_row) - window),
-                              rows.end_of(first_row + kRows - 1));
+  const KeySplit split(split_index, max(0, rows.end_of(first_row) - window), rows.end_of(first_row + kRows - 1));
   if (split_index >= split.count) return;
 
   DYNAMIC_SHARED(shared);

@@ -392,7 +392,8 @@ class CudaBackend:
             max_num_seqs, config.num_heads, config.num_kv_heads, config.head_dim, max_model_len
         )
         self._decode_workspace = self._zeros(_padded(num_bytes))
-        self._prefill_workspace = self._zeros(prefill_workspace_size(self.dtype, config.head_dim))
+        num_bytes = prefill_workspace_size(self.dtype, config.head_dim, config.num_kv_heads, max_model_len)
+        self._prefill_workspace = self._zeros(num_bytes)
         self._linear_workspace = self._zeros(linear_workspace_size(device_info()))
 
         max_blocks = ceil_div(max_model_len, min(BLOCK_SIZES))  # the arena's block size isn't known yet
@@ -495,9 +496,9 @@ class CudaBackend:
             )
         if batch.num_decodes < batch.num_seqs:
             paged_prefill(
-                out, qkv, arena, layer, *sequences, batch.query_start_loc,
-                max_query_len=batch.max_query_len, kernels=KERNELS_SM90 if self._sm90 else KERNELS,
-                workspace=self._prefill_workspace, max_seq_len=batch.max_seq_len, **common,
+                out, qkv, arena, layer, *sequences, batch.query_start_loc, self._prefill_workspace,
+                max_query_len=batch.max_query_len, max_seq_len=batch.max_seq_len,
+                kernels=KERNELS_SM90 if self._sm90 else KERNELS, **common,
             )  # fmt: skip
 
     # -- sampling ------------------------------------------------------------------------------------------

@@ -17,9 +17,8 @@ from cupaged.kernels.paged_kv import paged_kv
 
 NUM_WARPS = 4
 NUM_STAGES = 2  # kStages in paged_prefill.cu
-MIN_SPLIT = 1024  # kMinSplit in paged_prefill.cu
-MAX_SPLITS = 32  # of one tile of rows
-BLOCKS_PER_SM = 2  # of paged_prefill, that a multiprocessor holds at once
+SPLIT_KEYS = 4096  # kSplitKeys in paged_prefill.cu
+NUM_PARTS = 512  # splits of tiles of rows that a launch has room for, and so keeps a large GPU busy with
 
 # head_dim -> (16-row query tiles a warp, keys a tile): what 255 registers a thread and 99 KB of shared memory hold.
 TILES = {64: (2, 64), 80: (2, 64), 96: (2, 64), 128: (2, 64), 256: (1, 64)}
@@ -56,33 +55,29 @@ def instantiations() -> Iterator[tuple[str, str]]:
 
 
 KERNELS = dict.fromkeys(TILES, prefill_kernel)
+FIRST_SEQ = 9  # the place of first_seq among the kernels' arguments
 
 
-def _num_splits(num_tiles: int, max_seq_len: int) -> int:
-    """Over how many thread blocks the keys of each of so many tiles of rows are split at most: so that all are on the
-    GPU at once, if tiles alone would leave half of it idle."""
-    num_sms = device_info().num_sms
-    if 2 * num_tiles > num_sms:
-        return 1
-    return min(MAX_SPLITS, BLOCKS_PER_SM * num_sms // num_tiles, ceil_div(max_seq_len, MIN_SPLIT))
+def prefill_workspace_size(dtype: np.dtype, head_dim: int, num_kv_heads: int, max_model_len: int) -> int:
+    """Bytes of `workspace` that `paged_prefill` wants for sequences of up to max_model_len tokens: a float32 output and
+    a state of 8 bytes for each row of each part, and counters."""
+    num_splits = ceil_div(max_model_len, SPLIT_KEYS)
+    if num_splits <= 1:
+        return 0
+    return max(NUM_PARTS, num_kv_heads * num_splits) * _part_bytes(prefill_kernel(dtype, head_dim), head_dim)
 
 
-def prefill_workspace_size(dtype: np.dtype, head_dim: int) -> int:
-    """Bytes of `workspace` that `paged_prefill` wants: for each thread block that is on the GPU at once a float32
-    output and a state of 8 bytes for each row, and a counter for each tile."""
-    num_blocks = BLOCKS_PER_SM * device_info().num_sms
-    return num_blocks * (prefill_kernel(dtype, head_dim).num_rows * (4 * head_dim + 8) + 16)
+def _part_bytes(kernel: PrefillKernel, head_dim: int) -> int:
+    return kernel.num_rows * (4 * head_dim + 8) + 16  # the last for a counter
 
 
-def _scratch(workspace, num_tiles: int, num_splits: int, kernel: PrefillKernel, head_dim: int) -> tuple:
+def _scratch(workspace, num_parts: int, num_splits: int, kernel: PrefillKernel, head_dim: int) -> tuple:
     """Partial outputs, their states, counters; nulls when there is one split."""
     if num_splits == 1:
         return NULL, NULL, NULL
-    outs_size = num_tiles * num_splits * kernel.num_rows * head_dim * 4
-    states_size = outs_size // head_dim * 2
+    outs_size, states_size = num_parts * kernel.num_rows * head_dim * 4, num_parts * kernel.num_rows * 8
     # The counters lie at the end, where no batch's partial results come: they must stay zeros between launches.
-    counters_start = workspace.shape[0] - 4 * num_tiles
-    check_that(outs_size + states_size <= counters_start, f"workspace: {workspace.shape[0]} bytes are too few")
+    counters_start = workspace.shape[0] - 4 * (num_parts // num_splits)
     return (
         workspace[:outs_size].view(np.float32),
         workspace[outs_size : outs_size + states_size].view(np.uint64),
@@ -98,28 +93,28 @@ def paged_prefill(
     block_tables,
     seq_lens,
     query_start_loc,
+    workspace,
     *,
     num_heads: int,
     num_decodes: int,
     max_query_len: int,
+    max_seq_len: int,
     sm_scale: float,
     window: int = 0,
     kernels: Mapping[int, Callable[[np.dtype, int], PrefillKernel]] = KERNELS,
     num_blocks: int | None = None,
-    workspace=None,
-    max_seq_len: int | None = None,
 ) -> None:
     """`Backend.paged_attention` for the sequences after the first num_decodes.
 
     out [num_tokens, num_heads * head_dim] and qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], bfloat16 or
     float16 like the cache; arena: the cache (`KVArena`), of which `layer` is read; block_tables [num_seqs, max_blocks]
     int32; seq_lens [num_seqs] and query_start_loc [num_seqs + 1] int32 as in `Batch`, no query after the decodes longer
-    than max_query_len. Rows of out that belong to the decodes are left alone. kernels: which one for which head_dim.
+    than max_query_len, no sequence than max_seq_len. Rows of out that belong to the decodes are left alone. kernels:
+    which one for which head_dim.
     num_blocks: thread blocks of a persistent kernel at most, by default one an SM; results don't depend on it.
 
-    workspace: uint8, at least `prefill_workspace_size` bytes, zeros before its first use; what a launch leaves in it
-    suits the next. With it, and max_seq_len (no sequence after the decodes is longer), the keys of few rows are split
-    over thread blocks; without them never. Launches that share one must follow each other on one stream.
+    workspace: uint8, at least `prefill_workspace_size` bytes for these sizes, zeros before its first use; what a launch
+    leaves in it suits the next. Launches that share one must follow each other on one stream.
 
     Raises ValueError on arrays, sizes or a head_dim that don't fit.
     """
@@ -137,14 +132,9 @@ def paged_prefill(
     num_tiles = ceil_div(max_query_len * (num_heads // layout.num_kv_heads), kernel.num_rows)
     most = MAX_GRID_YZ * kernel.num_rows * layout.num_kv_heads // num_heads
     check_that(0 <= max_query_len <= most, f"max_query_len: expected 0 to {most}; got {max_query_len}")
+    check("workspace", workspace, (None,), np.uint8)
     if num_seqs == num_decodes or num_tiles == 0:
         return
-    num_splits = 1
-    if workspace is not None:
-        num_splits = _num_splits(num_tiles * (num_seqs - num_decodes) * layout.num_kv_heads, max_seq_len)
-    if num_splits > 1:
-        kernel = prefill_kernel(qkv.dtype, layout.head_dim)
-        num_tiles = ceil_div(max_query_len * (num_heads // layout.num_kv_heads), kernel.num_rows)
     args = [
         out,
         qkv,
@@ -159,11 +149,25 @@ def paged_prefill(
         np.int32(window),
         np.float32(scale),
     ]
-    grid = (layout.num_kv_heads, num_seqs - num_decodes, num_tiles)
+    launch, threads = load_kernel(kernel.file, kernel.name), (kernel.num_threads,)
     if kernel.is_persistent:
+        num_items = layout.num_kv_heads * (num_seqs - num_decodes) * num_tiles
         args += [divisor(layout.num_kv_heads), divisor(num_seqs - num_decodes), np.int32(num_tiles)]
-        grid = (min(math.prod(grid), num_blocks or device_info().num_sms),)
-    else:
-        args += [*_scratch(workspace, math.prod(grid), num_splits, kernel, layout.head_dim), np.int32(num_splits)]
-        grid = (layout.num_kv_heads * num_splits, *grid[1:])
-    load_kernel(kernel.file, kernel.name)(grid, (kernel.num_threads,), tuple(args), shared_mem=kernel.shared_bytes)
+        grid = (min(num_items, num_blocks or device_info().num_sms),)
+        launch(grid, threads, tuple(args), shared_mem=kernel.shared_bytes)
+        return
+    num_splits = max(1, ceil_div(max_seq_len, SPLIT_KEYS))
+    seqs_a_launch, tiles_a_launch = num_seqs - num_decodes, num_tiles
+    if num_splits > 1:  # as much as the workspace has room for
+        room = workspace.shape[0] // _part_bytes(kernel, layout.head_dim) // (layout.num_kv_heads * num_splits)
+        check_that(room > 0, f"workspace: {workspace.shape[0]} bytes are too few for sequences of {max_seq_len} tokens")
+        seqs_a_launch = min(seqs_a_launch, room)
+        tiles_a_launch = min(tiles_a_launch, room // seqs_a_launch)
+    for first_seq in range(num_decodes, num_seqs, seqs_a_launch):
+        for last_tile in range(num_tiles - 1, -1, -tiles_a_launch):
+            args[FIRST_SEQ] = np.int32(first_seq)
+            x, y = layout.num_kv_heads * num_splits, min(seqs_a_launch, num_seqs - first_seq)
+            grid = (x, y, min(tiles_a_launch, last_tile + 1))
+            scratch = _scratch(workspace, math.prod(grid), num_splits, kernel, layout.head_dim)
+            values = (*args, *scratch, np.int32(num_splits), np.int32(last_tile))
+            launch(grid, threads, values, shared_mem=kernel.shared_bytes)

@@ -6,13 +6,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from host_device import H100
 
 from attention_tools import assert_teeth, attention_reference, pack_qkv, pointed_query
 from cupaged.kernels import paged_prefill as paged_prefill_module
 from cupaged.kernels import paged_prefill_sm90 as paged_prefill_sm90_module
 from cupaged.kernels.checks import BFLOAT16, FLOAT16
-from cupaged.kernels.device import device_info, set_device_info
 from cupaged.kernels.paged_prefill import KERNELS, paged_prefill, prefill_workspace_size
 from cupaged.kernels.paged_prefill_sm90 import KERNELS_SM90
 from kernel_tools import PagedCache, assert_close, is_poison, poisoned
@@ -120,6 +118,8 @@ def make_query(rng, case: Case, cache: PagedCache) -> np.ndarray:
 
 def run(runner, case: Case, cache: PagedCache, query: np.ndarray, /, **changes) -> np.ndarray:
     """out [num_tokens, num_heads * head_dim]"""
+    max_seq_len = max(changes.get("max_seq_len", 0), *(seq_len for _, seq_len in case.lens), 0)
+    workspace_size = prefill_workspace_size(case.dtype, case.head_dim, case.num_kv_heads, max_seq_len)
     out = runner.array(poisoned((len(query), case.num_heads * case.head_dim), case.dtype))
     arguments = {
         "out": out,
@@ -131,7 +131,9 @@ def run(runner, case: Case, cache: PagedCache, query: np.ndarray, /, **changes) 
         "query_start_loc": runner.array(case.query_start_loc),
         "num_heads": case.num_heads,
         "num_decodes": 0,
+        "workspace": runner.array(np.zeros(workspace_size, np.uint8)),
         "max_query_len": max(query_len for query_len, _ in case.lens),
+        "max_seq_len": max(seq_len for _, seq_len in case.lens),
         "sm_scale": case.head_dim**-0.5,
         "window": case.window,
         "num_blocks": 3,
@@ -165,57 +167,47 @@ def test_matches_the_formula(runner, rng, case, kernels):
     assert_teeth(expected, bound)
 
 
-# With 132 multiprocessors, a tile of rows has up to 264 / tiles splits of at least 1,024 keys.
+# Over several splits of 4,096 keys each.
 SPLIT_CASES = [
-    Case(64, 16, 1, 4, ((9, 1029),)),  # the second split has a handful of keys, and some rows see none of them
-    Case(64, 16, 2, 2, ((40, 3100), (1, 20), (0, 0), (70, 1500), (3, 2048))),  # three splits, one, none, two
-    Case(128, 32, 1, 3, ((30, 2100), (50, 2050))),
-    Case(64, 8, 1, 1, ((130, 2300),), window=1100),  # splits begin where the tile's first row does, two tiles
-    Case(256, 64, 1, 1, ((5, 1100),), dtype=FLOAT16),
+    # the second split has a handful of keys, and some rows see none of them; three splits, one, none
+    Case(64, 16, 1, 4, ((9, 4101), (3, 8200), (0, 0), (2, 50), (1, 4096), (1, 4097))),
+    Case(128, 32, 1, 3, ((45, 4130), (2, 4150))),  # two tiles of rows, of which the first sees one split
+    Case(64, 8, 2, 1, ((5, 8195),), window=100),  # a row's window in one split, another's in two
+    Case(256, 64, 1, 1, ((2, 4097),), dtype=FLOAT16),
 ]
 
 
-@pytest.fixture
-def h100_sms(runner):
-    """132 multiprocessors, whatever there is."""
-    set_device_info(H100 if hasattr(runner, "loader") else replace(device_info(), num_sms=H100.num_sms))
-    yield
-    set_device_info(None)
-
-
-def make_workspace(runner, case: Case):
-    return runner.array(np.zeros(prefill_workspace_size(case.dtype, case.head_dim), np.uint8))
-
-
-@pytest.mark.usefixtures("h100_sms")
 @pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
-def test_keys_of_few_rows_are_split(runner, rng, case):
-    """The workspace is left as the next launch wants it."""
+@pytest.mark.parametrize("num_parts", [6, 512])
+def test_keys_are_split(runner, rng, case, num_parts):
+    """In one launch or, with little room for parts, in several. The workspace is left as the next launch wants it."""
     cache = make_cache(runner, rng, case)
     query = make_query(rng, case, cache)
-    workspace, max_seq_len = make_workspace(runner, case), max(seq_len for _, seq_len in case.lens)
-    split = {"workspace": workspace, "max_seq_len": max_seq_len}
-    out = run(runner, case, cache, query, **split)
-
+    size = prefill_workspace_size(case.dtype, case.head_dim, case.num_kv_heads, 8200)
+    workspace = runner.array(np.zeros(size * num_parts // 512, np.uint8))
+    outs = [run(runner, case, cache, query, workspace=workspace) for _ in range(2)]
     expected, bound = reference(case, cache, query)
-    assert_close(out, expected, atol=bound)
-    assert out.tobytes() != run(runner, case, cache, query).tobytes()  # sums in another order
-    assert out.tobytes() == run(runner, case, cache, query, kernels=KERNELS_SM90, **split).tobytes()
-    counters = runner.host(workspace)[-4 * 132 :]
-    assert not counters.any()
+    assert_close(outs[0], expected, atol=bound)
+    assert outs[0].tobytes() == outs[1].tobytes()
+    assert not runner.host(workspace)[-64:].any()  # counters
 
 
-@both_tiers
-@pytest.mark.usefixtures("h100_sms")
-def test_keys_of_many_rows_or_short_sequences_are_not_split(runner, rng, kernels):
-    many = ((1, 1),) * 66 + ((3, 1100),)  # tiles of rows: more than half as many as multiprocessors
-    for case in (Case(64, 16, 1, 1, many), Case(64, 16, 1, 4, ((40, 1024), (3, 900)))):
-        cache = make_cache(runner, rng, case)
-        query = make_query(rng, case, cache)
-        split = {"workspace": make_workspace(runner, case), "max_seq_len": max(seq_len for _, seq_len in case.lens)}
-        out = run(runner, case, cache, query, kernels=kernels, num_blocks=None, **split)
-        assert out.tobytes() == run(runner, case, cache, query, kernels=kernels).tobytes()
-        assert not runner.host(split["workspace"]).any()
+@pytest.mark.parametrize(("window", "group"), [(0, 4), (130, 1)])
+def test_splits_change_no_bits_with_the_chunks_or_the_batch(runner, rng, window, group):
+    case = Case(64, 16, 1, group, ((90, 4150),), window)
+    cache = make_cache(runner, rng, case)
+    query = make_query(rng, case, cache)
+    whole = run(runner, case, cache, query)
+    begin = 0
+    for length in (1, 30, 3, 2, 1, 33, 20):  # the split lies at token 36
+        chunk = replace(case, lens=((length, 4060 + begin + length),))
+        seq_lens = runner.array(np.array([4060 + begin + length], np.int32))
+        end = begin + length
+        for max_seq_len in (4060 + end, 20_000):
+            out = run(runner, chunk, cache, query[begin:end], seq_lens=seq_lens, max_seq_len=max_seq_len)
+            assert out.tobytes() == whole[begin:end].tobytes(), (begin, end)
+        begin = end
+    assert begin == len(query)
 
 
 @both_tiers
