@@ -1,13 +1,17 @@
 // paged_prefill_sm90.cu: what paged_prefill.cu computes, on Hopper's warpgroup products.
 //
 // Work:     as many thread blocks as SMs, which take tiles of 128 query rows (rows: prefill_rows.cuh) of a sequence and
-//           a kv head, the longest first (TileWalk). Of the first warpgroup, one warp has tiles of kKeys keys brought by
-//           the copy engine, as they lie in the cache, one those of values; the two others fetch queries, a tile ahead.
-//           The second and third warpgroup multiply, 64 rows each.
-// Overlap:  while the tensor cores weigh the values of one tile, after they have scored the keys of the next, a warpgroup
-//           takes the softmax of those scores; also where the next keys are those of the next tile of rows. The
-//           warpgroups take turns in giving the tensor cores work (Turns), so that one's softmax runs under the other's
-//           products.
+//           a kv head, the longest first (TileWalk). Of the first warpgroup, one warp has tiles of kKeys keys brought
+//           by the copy engine, as they lie in the cache, one those of values; the two others fetch queries, a tile
+//           ahead. The second and third warpgroup multiply, 64 rows each.
+// Overlap:  while the tensor cores weigh the values of one tile, after they have scored the keys of the next, a
+//           warpgroup takes the softmax of those scores; also where the next keys are those of the next tile of rows.
+//           The warpgroups take turns in giving the tensor cores work (Turns), so that one's softmax runs under the
+//           other's products.
+// Splits:   keys are split at the multiples of kSplitKeys. Each split has sums of its own, which are then merged in
+//           order, so that it makes no difference who has taken it: one thread block all of a tile's, one after the
+//           other, or where tiles of rows are few, a thread block each. Then the last to arrive merges. Till then a
+//           warp's sums lie in memory as its lanes have them (an image).
 // Barriers: ..._full[s] completes when the bytes have come to slot s (of the queries: when those who fetch them have
 //           arrived), ..._empty[s] when all multiplying warps have done with them.
 // Numerics: as in paged_prefill.cu, but for sums, whose base follows the maximum only where that has grown by much. A
@@ -41,38 +45,60 @@ struct PanelLayout {
   }
 };
 
-// A tile of query rows, and the keys begin .. end - 1 that it needs, in tiles that begin at multiples of kKeys.
-template <int kKeys>
+// A tile of query rows, and the keys begin .. end - 1 that it needs, in tiles that begin at multiples of kKeys; or one
+// split of these keys.
+template <int kKeys, int kSplitKeys>
 struct RowTile {
   PrefillRows rows;
   int first_row;
   int begin, end;
   int first_key;  // of the first tile
   int num_tiles;  // one at least, if of no keys
+  int num_splits;  // of all its keys; one at least
 
   __device__ __forceinline__ RowTile(const PrefillRows& rows, int first_row, int window)
-      : rows(rows), first_row(first_row), begin(max(0, rows.end_of(first_row) - window)),
-        end(rows.end_of(first_row + kRows - 1)), first_key(begin / kKeys * kKeys),
-        num_tiles(max(1, ceil_div(end - first_key, kKeys))) {}
+      : rows(rows), first_row(first_row) {
+    begin = max(0, rows.end_of(first_row) - window);
+    end = rows.end_of(first_row + kRows - 1);
+    num_splits = max(1, ceil_div(end, kSplitKeys) - begin / kSplitKeys);
+    count_tiles();
+  }
+
+  // Take this one of the splits, if there are so many.
+  __device__ __forceinline__ void keep(int split) {
+    const int first = (begin / kSplitKeys + split) * kSplitKeys;
+    begin = max(begin, first);
+    end = min(end, first + kSplitKeys);
+    count_tiles();
+  }
+
+ private:
+  __device__ __forceinline__ void count_tiles() {
+    first_key = begin / kKeys * kKeys;
+    num_tiles = max(1, ceil_div(end - first_key, kKeys));
+  }
 };
 
 // The tiles of query rows that a thread block takes. Those of all sequences and kv heads stand in one order, the last
-// rows first, and are dealt out to the thread blocks forth and back, so that each gets as many long ones.
+// rows first, and are dealt out to the thread blocks forth and back, so that each gets as many long ones. Or the splits
+// of the tiles are, as many of each as the longest one has.
 // A warp walks as one. Each warp that needs to know walks for itself.
 class TileWalk {
  public:
   int seq, kv_head, first_row;  // of the tile, once next() has been called
+  int item;                     // its number among all tiles, times the most splits, plus that of its split
 
   __device__ __forceinline__ TileWalk(const int* query_start_loc,  // of the first sequence on
                                       const Divisor& num_seqs, int num_row_tiles, const Divisor& num_kv_heads,
-                                      int group)
-      : query_start_loc_(query_start_loc), num_seqs_(num_seqs), num_kv_heads_(num_kv_heads), group_(group),
-        num_row_tiles_(num_row_tiles) {}
+                                      int group, const Divisor& num_splits)
+      : query_start_loc_(query_start_loc), num_seqs_(num_seqs), num_kv_heads_(num_kv_heads), num_splits_(num_splits),
+        group_(group), num_row_tiles_(num_row_tiles) {}
 
   // Whether there is another tile.
   __device__ __forceinline__ bool next() {
-    const int tile = round_ * gridDim.x + (round_ % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+    item = round_ * gridDim.x + (round_ % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
     ++round_;
+    const int tile = item / num_splits_;
     const int wanted = tile / num_kv_heads_;
     while (wanted >= passed_ + __popc(present_)) {
       passed_ += __popc(present_);
@@ -100,7 +126,7 @@ class TileWalk {
   }
 
   const int* query_start_loc_;
-  const Divisor &num_seqs_, &num_kv_heads_;
+  const Divisor &num_seqs_, &num_kv_heads_, &num_splits_;
   int group_, num_row_tiles_;
   // A place for a tile is a (row tile, sequence), whether the sequence has so many rows or not.
   int place_ = -kWarpSize;  // the first of the 32 that are looked at
@@ -128,7 +154,8 @@ class Turns {
 // Grid: any number of thread blocks of 1 + kConsumers warpgroups; as many as SMs is best.
 template <typename scalar_t,  // __half or __nv_bfloat16: q, cache, out
           int kHeadDim,       // dimensions of a head: 64 or 128
-          int kKeys>          // keys a tile
+          int kKeys,          // keys a tile
+          int kSplitKeys>          // keys whose sums are put by themselves: a multiple of kKeys
 __global__ void __launch_bounds__((1 + kConsumers) * kGroup, 1)
 paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num_heads, kHeadDim]
                    const scalar_t* __restrict__ qkv,         // [num_tokens, num_heads + 2 * num_kv_heads, kHeadDim]; q
@@ -140,8 +167,12 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
                    int max_blocks, int block_shift, int first_seq, int window,
                    float scale,  // sm_scale * log2(e)
                    Divisor num_kv_heads,
-                   Divisor num_seqs,     // from first_seq on
-                   int num_row_tiles) {  // that the longest query has
+                   Divisor num_seqs,   // from first_seq on
+                   int num_row_tiles,  // that the longest query has
+                   Divisor num_splits,  // 1: a thread block takes all keys of a tile; else the most splits of a tile
+                   float* images,      // scratch: [gridDim.x] images of tiles, or [tiles, num_splits] if that isn't 1
+                   int* counters) {    // [tiles][4 * kConsumers] zeros before and after
+  static_assert(kSplitKeys % kKeys == 0, "splits begin with a tile of keys");
   using QueryLayout = PanelLayout<kHeadDim, kRows>;
   using TileLayout = PanelLayout<kHeadDim, kKeys>;
   using StagedLayout = PanelLayout<64, 16>;      // a warp's rows of results, some dimensions at a time
@@ -178,10 +209,21 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
   query_start_loc += first_seq;
   seq_lens += first_seq;
   block_tables += (long long)first_seq * max_blocks;
-  TileWalk walk(query_start_loc, num_seqs, num_row_tiles, num_kv_heads, group.value);
+  using Tile = RowTile<kKeys, kSplitKeys>;
+  const bool splits_apart = num_splits.value > 1;
+  TileWalk walk(query_start_loc, num_seqs, num_row_tiles, num_kv_heads, group.value, num_splits);
   const auto row_tile = [&] {
     const PrefillRows rows(query_start_loc, seq_lens, walk.seq, walk.kv_head, kv.num_kv_heads, group);
-    return RowTile<kKeys>(rows, walk.first_row, window);
+    Tile tile(rows, walk.first_row, window);
+    if (splits_apart) tile.keep(walk.item % num_splits);
+    return tile;
+  };
+  // Whether there is another tile, or split of one.
+  const auto walk_on = [&] {
+    do {
+      if (!walk.next()) return false;
+    } while (splits_apart && walk.item % num_splits >= row_tile().num_splits);
+    return true;
   };
   griddepcontrol_wait();
   griddepcontrol_launch_dependents();
@@ -192,15 +234,15 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
     constexpr int kPanels = kHeadDim / 64;
     static_assert(kKeys / 8 * kPanels <= kWarpSize, "blocks have 8 rows at least");
     const bool is_value = threadIdx.x >= kWarpSize;
-    const long long part = is_value ? kv.v_offset : kv.k_offset;
+    const long long offset = is_value ? kv.v_offset : kv.k_offset;
     scalar_t* tiles = is_value ? values : keys;
     auto* full = is_value ? values_full : keys_full;
     auto* empty = is_value ? values_empty : keys_empty;
     const int block_size = 1 << block_shift;
     const int panel = lane % kPanels, first_in_tile = lane / kPanels * block_size;
     int fill = 0;
-    while (walk.next()) {
-      const RowTile<kKeys> range = row_tile();
+    while (walk_on()) {
+      const Tile range = row_tile();
       const int* block_table = block_tables + (long long)walk.seq * max_blocks;
       for (int tile = 0; tile < range.num_tiles; ++tile, ++fill) {
         const int first_key = range.first_key + tile * kKeys;
@@ -208,8 +250,8 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
         const int begin = max(tile_begin, first_in_tile), end = min(tile_end, first_in_tile + block_size);
         const scalar_t* src = nullptr;
         if (begin < end)
-          src = kv.block<scalar_t, kHeadDim>(part, block_table[(first_key + first_in_tile) >> block_shift], walk.kv_head,
-                                             block_size) +
+          src = kv.block<scalar_t, kHeadDim>(offset, block_table[(first_key + first_in_tile) >> block_shift],
+                                             walk.kv_head, block_size) +
                 (panel * block_size + begin - first_in_tile) * 64;
         const int slot = fill % kSlots;
         if (fill >= kSlots) mbarrier_wait(empty + slot, (fill / kSlots - 1) % 2);
@@ -235,10 +277,10 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
     }
   } else if (threadIdx.x < kGroup) {  // fetches queries
     setmaxnreg_dec<56>();
-    for (int fill = 0; walk.next(); ++fill) {
+    for (int fill = 0; walk_on(); ++fill) {
+      const Tile tile = row_tile();
       const int slot = fill % kQueryTiles;
       if (fill >= kQueryTiles) mbarrier_wait(queries_empty + slot, (fill / kQueryTiles - 1) % 2);
-      const RowTile<kKeys> tile = row_tile();
       tile.rows.template copy<QueryLayout, kRows, kQueryThreads>(queries + slot * kQuerySize, qkv, tile.first_row,
                                                                  threadIdx.x - 2 * kWarpSize);
       cp_async_commit_group();
@@ -258,7 +300,7 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
     SoftmaxState state[2];          // of rows lane / 4 and + 8; sum is this lane's share
 
     int seen_begin, seen_end;       // keys that all of the warp's rows see
-    auto find_seen = [&](const RowTile<kKeys>& tile) {
+    auto find_seen = [&](const Tile& tile) {
       const int warp_row = tile.first_row + warp * 16;
       seen_begin = tile.rows.end_of(warp_row + 15) - window;
       seen_end = tile.rows.end_of(warp_row);
@@ -291,7 +333,7 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
       wgmma_commit_group();
     };
     // Turns scores of keys from `key` on into weights, still in float32.
-    auto softmax = [&](const RowTile<kKeys>& tile, int key) {
+    auto softmax = [&](const Tile& tile, int key) {
       if (key < seen_begin || key + kKeys > seen_end) {  // some row doesn't see all of them
         const int warp_row = tile.first_row + warp * 16;
         const int ends[2] = {tile.rows.end_of(warp_row + lane / 4), tile.rows.end_of(warp_row + lane / 4 + 8)};
@@ -328,22 +370,12 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
       for (int i = 0; i < kKeys / 2; i += 2)
         weights[i / 8][i / 2 % 4] = pack_pair<scalar_t>(scores[i], scores[i + 1]);
     };
-    // The last factors of a tile's sums.
-    auto finish = [&](float (&last_factors)[2]) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float& sum = state[half].sum;
-        sum += __shfl_xor_sync(kFullMask, sum, 1);
-        sum += __shfl_xor_sync(kFullMask, sum, 2);
-        last_factors[half] = state[half].inverse_sum();
-      }
-    };
     auto scale_sums = [&](const float (&factors)[2]) {
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) sums[i] *= factors[i / 2 % 2];
     };
     // Stores this warp's 16 rows of sums, some dimensions at a time, through shared memory in whole vectors.
-    auto store = [&](const RowTile<kKeys>& tile) {
+    auto store = [&](const Tile& tile) {
       scalar_t* results = staged + warp * 16 * 64;
 #pragma unroll
       for (int start = 0; start < kHeadDim; start += 64) {
@@ -357,88 +389,146 @@ paged_prefill_sm90(scalar_t* __restrict__ out,               // [num_tokens, num
       }
     };
 
-    bool has_next = walk.next();
-    if (has_next) {
-      RowTile<kKeys> tile = row_tile(), next = tile;
+    // What this warp's lanes have of an image: sums, and the states of their two rows.
+    auto image = [&](int index) {
+      constexpr int kSize = (kHeadDim / 2 + 4) * kWarpSize;  // floats
+      return images + ((long long)index * kConsumers * 4 + warp) * kSize + lane * 4;
+    };
+    auto write_image = [&](float* image, const SoftmaxState (&state)[2]) {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; i += 4)
+        store_vec(image + i * kWarpSize, Vec<float>{sums[i], sums[i + 1], sums[i + 2], sums[i + 3]});
+      store_vec(image + kHeadDim / 2 * kWarpSize, Vec<float>{state[0].max, state[0].sum, state[1].max, state[1].sum});
+    };
+    // Merge an image into sums and state. The order of the two makes no difference, that of several does.
+    auto merge_image = [&](const float* image, SoftmaxState (&state)[2]) {
+      const Vec<float> other = load_vec(image + kHeadDim / 2 * kWarpSize);
+      float mine_factors[2], other_factors[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        SoftmaxState merged{fmaxf(state[half].max, other.data[2 * half]), 0.f};
+        mine_factors[half] = exp2f(state[half].max - merged.base());
+        other_factors[half] = exp2f(other.data[2 * half] - merged.base());
+        merged.sum = __fadd_rn(__fmul_rn(mine_factors[half], state[half].sum),
+                               __fmul_rn(other_factors[half], other.data[2 * half + 1]));
+        state[half] = merged;
+      }
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; i += 4) {
+        const Vec<float> values = load_vec(image + i * kWarpSize);
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          sums[i + j] = __fadd_rn(__fmul_rn(mine_factors[j / 2], sums[i + j]),
+                                  __fmul_rn(other_factors[j / 2], values.data[j]));
+      }
+    };
+    // The sums of a split are there: put them by, or if they are the last, store the tile's results.
+    auto end_split = [&](const Tile& tile, int item, bool is_first, bool is_last, SoftmaxState (&state)[2]) {
+      if (tile.num_splits > 1 && !splits_apart) {
+        if (!is_first) merge_image(image(blockIdx.x), state);
+        if (!is_last) return write_image(image(blockIdx.x), state);
+      } else if (tile.num_splits > 1) {
+        write_image(image(item), state);
+        __threadfence();  // this lane's image before its warp's arrival
+        __syncwarp();
+        int* counter = counters + item / num_splits * kConsumers * 4 + warp;
+        const int arrived = __shfl_sync(kFullMask, lane == 0 ? atomicAdd(counter, 1) : 0, 0);
+        if (arrived < tile.num_splits - 1) return;
+        __threadfence();  // the others' images after their arrivals
+        if (lane == 0) *counter = 0;
+        state[0] = state[1] = SoftmaxState{};
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; ++i) sums[i] = 0.f;
+        const int first = item - item % num_splits;
+        for (int i = 0; i < tile.num_splits; ++i) merge_image(image(first + i), state);
+      }
+      float factors[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& sum = state[half].sum;
+        sum += __shfl_xor_sync(kFullMask, sum, 1);
+        sum += __shfl_xor_sync(kFullMask, sum, 2);
+        factors[half] = state[half].inverse_sum();
+      }
+      scale_sums(factors);
+      store(tile);
+    };
+
+    if (walk_on()) {
+      Tile tile = row_tile();
+      int item = walk.item;
       find_seen(tile);
-      int number = 0;      // of the tile's keys that are scored next
-      int query_fill = 0;  // of the queries that score them
-      int phase = 0;       // parity of the phases in which slot 0 is used next
+      int key = tile.first_key;  // the first of those that are scored
+      int query_fill = 0;        // of the queries that score them
       mbarrier_wait(queries_full, 0);
       mbarrier_wait(keys_full, 0);
       turns.take();
       start_scores(0, 0);
       turns.pass();
-      has_next = walk.next();
-      if (has_next) next = row_tile();
       wgmma_wait_group<0>();
       wgmma_hold(scores);
       release(keys_empty);
-      softmax(tile, tile.first_key);
+      softmax(tile, key);
+      bool has_next = walk_on();
       mbarrier_wait(values_full, 0);
       round_weights();
       bool keys_are_there = mbarrier_test_wait(keys_full + 1, 0);
 
-      // The weights are there: weigh the values in this slot, and score the keys in the other one.
-      for (bool more = true; more; phase ^= 1) {
-#pragma unroll
-        for (int slot = 0; slot < 2; ++slot) {
-          const int other = 1 - slot, parity = phase ^ slot;  // of the other slot's phase
-          const bool is_last = ++number == tile.num_tiles;
-          const RowTile<kKeys> done = tile;
-          float last_factors[2];
-          if (is_last) {
-            finish(last_factors);
-            release(queries_empty + query_fill % kQueryTiles);
-            ++query_fill;
-            if (!has_next) {
-              turns.take();
-              start_values(slot);
-              turns.pass();
-              wgmma_wait_group<0>();
-              wgmma_hold(sums);
-              scale_sums(last_factors);
-              store(done);
-              more = false;
-              break;
-            }
-            tile = next;
-            number = 0;
-            find_seen(tile);
-            state[0] = state[1] = SoftmaxState{};
-            mbarrier_wait(queries_full + query_fill % kQueryTiles, query_fill / kQueryTiles % 2);
+      // The weights are there: weigh the values in one slot, and score the keys in the other one.
+      for (int step = 0;; ++step) {
+        const int slot = step % 2, other = 1 - slot, parity = (step + 1) / 2 % 2;  // of the other slot's phase
+        key += kKeys;
+        const bool is_last = key >= tile.end;  // of the tile's keys
+        const bool ends_split = is_last || key % kSplitKeys == 0;
+        const bool is_first = key <= tile.first_key / kSplitKeys * kSplitKeys + kSplitKeys;
+        const Tile done = tile;
+        const int done_item = item;
+        SoftmaxState done_state[2] = {state[0], state[1]};
+        if (ends_split) state[0] = state[1] = SoftmaxState{};
+        if (is_last) {
+          release(queries_empty + query_fill % kQueryTiles);
+          ++query_fill;
+          if (!has_next) {
+            turns.take();
+            start_values(slot);
+            turns.pass();
+            wgmma_wait_group<0>();
+            wgmma_hold(sums);
+            end_split(done, done_item, is_first, true, done_state);
+            break;
           }
-          if (!keys_are_there) mbarrier_wait(keys_full + other, parity);
-          turns.take();
-          start_scores(query_fill % kQueryTiles, other);
-          start_values(slot);
-          turns.pass();
-          if (is_last) {
-            has_next = walk.next();
-            if (has_next) next = row_tile();
-          }
-          wgmma_wait_group<1>();  // the scores
-          wgmma_hold(scores);
-          release(keys_empty + other);
-          const bool values_are_there = mbarrier_test_wait(values_full + other, parity);
-          softmax(tile, tile.first_key + number * kKeys);
-          // ptxas would move the wait for the products to before the softmax, if it weren't for this branch, which
-          // seems to depend on it: sums of weights are never negative.
-          if (!values_are_there || state[0].sum + state[1].sum < 0.f) mbarrier_wait(values_full + other, parity);
-          wgmma_wait_group<0>();
-          wgmma_hold(sums);
-          release(values_empty + slot);
-          keys_are_there = mbarrier_test_wait(keys_full + slot, phase ^ 1);
-          if (is_last) {
-            scale_sums(last_factors);
-            store(done);
-#pragma unroll
-            for (int i = 0; i < kHeadDim / 2; ++i) sums[i] = 0.f;
-          } else if (__any_sync(kFullMask, factors[0] != 1.f || factors[1] != 1.f)) {
-            scale_sums(factors);
-          }
-          round_weights();
+          tile = row_tile();
+          item = walk.item;
+          key = tile.first_key;
+          find_seen(tile);
+          mbarrier_wait(queries_full + query_fill % kQueryTiles, query_fill / kQueryTiles % 2);
         }
+        if (!keys_are_there) mbarrier_wait(keys_full + other, parity);
+        turns.take();
+        start_scores(query_fill % kQueryTiles, other);
+        start_values(slot);
+        turns.pass();
+        wgmma_wait_group<1>();  // the scores
+        wgmma_hold(scores);
+        release(keys_empty + other);
+        const bool values_are_there = mbarrier_test_wait(values_full + other, parity);
+        softmax(tile, key);
+        // ptxas would move the wait for the products to before the softmax, if it weren't for this branch, which
+        // seems to depend on it: sums of weights are never negative.
+        if (!values_are_there || state[0].sum + state[1].sum < 0.f) mbarrier_wait(values_full + other, parity);
+        wgmma_wait_group<0>();
+        wgmma_hold(sums);
+        release(values_empty + slot);
+        keys_are_there = mbarrier_test_wait(keys_full + slot, (step + 2) / 2 % 2);
+        if (ends_split) {
+          end_split(done, done_item, is_first, is_last, done_state);
+          if (is_last) has_next = walk_on();
+#pragma unroll
+          for (int i = 0; i < kHeadDim / 2; ++i) sums[i] = 0.f;
+        } else if (__any_sync(kFullMask, factors[0] != 1.f || factors[1] != 1.f)) {
+          scale_sums(factors);
+        }
+        round_weights();
       }
     }
     turns.end();

@@ -33,6 +33,8 @@ class PrefillKernel(NamedTuple):
     num_threads: int
     shared_bytes: int
     is_persistent: bool = False  # one thread block an SM; these deal out the tiles of rows among them
+    split_keys: int = SPLIT_KEYS  # of a split
+    image_bytes: int = 0  # of what a persistent one puts by of a tile of rows
 
 
 def prefill_kernel(dtype: np.dtype, head_dim: int) -> PrefillKernel:
@@ -69,6 +71,22 @@ def prefill_workspace_size(dtype: np.dtype, head_dim: int, num_kv_heads: int, ma
 
 def _part_bytes(kernel: PrefillKernel, head_dim: int) -> int:
     return kernel.num_rows * (4 * head_dim + 8) + 16  # the last for a counter
+
+
+def _shares(workspace, num_items: int, num_blocks: int, max_seq_len: int, kernel: PrefillKernel) -> tuple:
+    """For a persistent kernel: into how many splits it is to share out each tile of rows (1: it is not, as there are
+    enough tiles for all thread blocks, or no room), and scratch for images of tiles, and counters."""
+    num_splits = ceil_div(max_seq_len, kernel.split_keys)
+    if num_splits <= 1:
+        return 1, NULL, NULL
+    counter_bytes = 4 * kernel.num_threads // 32  # of a tile: one for each warp that has rows
+    room = workspace.shape[0] // (kernel.image_bytes + counter_bytes)
+    check_that(room >= num_blocks, f"workspace: {workspace.shape[0]} bytes are too few for {num_blocks} thread blocks")
+    if num_items >= num_blocks or num_items * num_splits > room:
+        num_splits = 1
+    # The counters lie at the end, where no images come: they must stay zeros between launches.
+    images, counters = workspace[: room * kernel.image_bytes], workspace[workspace.shape[0] - room * counter_bytes :]
+    return num_splits, images.view(np.float32), counters.view(np.int32)
 
 
 def _scratch(workspace, num_parts: int, num_splits: int, kernel: PrefillKernel, head_dim: int) -> tuple:
@@ -152,8 +170,11 @@ def paged_prefill(
     launch, threads = load_kernel(kernel.file, kernel.name), (kernel.num_threads,)
     if kernel.is_persistent:
         num_items = layout.num_kv_heads * (num_seqs - num_decodes) * num_tiles
+        num_blocks = num_blocks or device_info().num_sms
+        num_splits, images, counters = _shares(workspace, num_items, num_blocks, max_seq_len, kernel)
+        grid = (min(num_items * num_splits, num_blocks),)
         args += [divisor(layout.num_kv_heads), divisor(num_seqs - num_decodes), np.int32(num_tiles)]
-        grid = (min(num_items, num_blocks or device_info().num_sms),)
+        args += [divisor(num_splits), images, counters]
         launch(grid, threads, tuple(args), shared_mem=kernel.shared_bytes)
         return
     num_splits = max(1, ceil_div(max_seq_len, SPLIT_KEYS))

@@ -209,7 +209,7 @@ MUTATIONS = (
     ),
     Mutation(
         HOPPER, "paged_prefill_sm90.cu", "keys are scored before they have arrived",
-        "          if (!keys_are_there) mbarrier_wait(keys_full + other, parity);\n",
+        "        if (!keys_are_there) mbarrier_wait(keys_full + other, parity);\n",
         "",
         PREFILL,
     ),
@@ -233,7 +233,7 @@ MUTATIONS = (
     ),
     Mutation(
         HOPPER, "paged_prefill_sm90.cu", "the next tile is scored by the queries of this one",
-        "            ++query_fill;\n",
+        "          ++query_fill;\n",
         "",
         PREFILL,
     ),
@@ -257,20 +257,20 @@ MUTATIONS = (
     ),
     Mutation(
         HOPPER, "paged_prefill_sm90.cu", "values are given back before they have been multiplied",
-        "          wgmma_wait_group<0>();\n          wgmma_hold(sums);\n          release(values_empty + slot);",
-        "          release(values_empty + slot);\n          wgmma_wait_group<0>();\n          wgmma_hold(sums);",
+        "        wgmma_wait_group<0>();\n        wgmma_hold(sums);\n        release(values_empty + slot);",
+        "        release(values_empty + slot);\n        wgmma_wait_group<0>();\n        wgmma_hold(sums);",
         PREFILL,
     ),
     Mutation(
         HOPPER, "paged_prefill_sm90.cu", "the scores are read before they are there",
-        "          wgmma_wait_group<1>();  // the scores\n",
+        "        wgmma_wait_group<1>();  // the scores\n",
         "",
         PREFILL,
     ),
     Mutation(
         HOPPER, "paged_prefill_sm90.cu", "weights are rounded into registers that a product still reads",
-        "values_full + other, parity);\n          wgmma_wait_group<0>();",
-        "values_full + other, parity);\n          round_weights();\n          wgmma_wait_group<0>();",
+        "values_full + other, parity);\n        wgmma_wait_group<0>();",
+        "values_full + other, parity);\n        round_weights();\n        wgmma_wait_group<0>();",
         PREFILL,
     ),
     Mutation(
@@ -281,8 +281,8 @@ MUTATIONS = (
     ),
     Mutation(
         HOPPER, "paged_prefill_sm90.cu", "a warpgroup keeps its turn",
-        "          start_values(slot);\n          turns.pass();\n",
-        "          start_values(slot);\n",
+        "        start_values(slot);\n        turns.pass();\n        wgmma_wait_group<1>();",
+        "        start_values(slot);\n        wgmma_wait_group<1>();",
         PREFILL,
     ),
     Mutation(
@@ -299,14 +299,44 @@ MUTATIONS = (
     ),
     Mutation(
         HOPPER, "paged_prefill_sm90.cu", "the next tile begins with the maximum of this one",
-        "            state[0] = state[1] = SoftmaxState{};\n",
+        "        if (ends_split) state[0] = state[1] = SoftmaxState{};\n",
         "",
         PREFILL,
     ),
     Mutation(
         HOPPER, "paged_prefill_sm90.cu", "sums are not moved when the maximum has grown",
-        "            scale_sums(factors);\n",
+        "          scale_sums(factors);\n",
         "",
+        PREFILL,
+    ),
+    Mutation(
+        HOPPER, "paged_prefill_sm90.cu", "a split ends where the next one has begun",
+        "key % kSplitKeys == 0;",
+        "key % kSplitKeys == kKeys;",
+        PREFILL,
+    ),
+    Mutation(
+        HOPPER, "paged_prefill_sm90.cu", "the sums of the split before are forgotten",
+        "if (!is_first) merge_image",
+        "if (false) merge_image",
+        PREFILL,
+    ),
+    Mutation(
+        HOPPER, "paged_prefill_sm90.cu", "splits are merged when the last but one has arrived",
+        "if (arrived < tile.num_splits - 1) return;",
+        "if (arrived < tile.num_splits - 2) return;",
+        PREFILL,
+    ),
+    Mutation(
+        HOPPER, "paged_prefill_sm90.cu", "the counter of splits is left as it is",
+        "        if (lane == 0) *counter = 0;\n",
+        "",
+        PREFILL,
+    ),
+    Mutation(
+        HOPPER, "paged_prefill_sm90.cu", "a split takes the keys of the one before it",
+        "(begin / kSplitKeys + split) * kSplitKeys",
+        "(begin / kSplitKeys + max(0, split - 1)) * kSplitKeys",
         PREFILL,
     ),
     Mutation(

@@ -63,6 +63,8 @@ CASES = [
     Case(64, 16, 2, 7, ((50, 90),)),
     Case(64, 16, 1, 16, ((20, 40),)),
     Case(64, 16, 1, 131, ((3, 70),)),
+    # many sequences, most of which have fewer tiles of rows than one of them
+    Case(64, 16, 1, 1, (*((2, 20),) * 21, (0, 5), (140, 140), *((1, 9),) * 20)),
     # many keys
     Case(64, 16, 1, 2, ((70, 1100),)),
     Case(128, 64, 1, 4, ((9, 1029), (1, 500))),
@@ -245,6 +247,63 @@ def test_a_sequence_gives_the_same_bits_in_any_batch(runner, rng, kernels):
         assert out.tobytes() == together[begin:end].tobytes(), seq
 
 
+# Hopper's kernels with splits of so few keys that tests are quick.
+SHORT_SPLITS = {
+    head_dim: lambda dtype, head_dim: (kernel := KERNELS_SM90[head_dim](dtype, head_dim))._replace(
+        name=kernel.name.replace(f"{kernel.split_keys}>", "256>"), split_keys=256
+    )
+    for head_dim in (64, 128)
+}
+
+
+def short_workspace(runner, case: Case):
+    """Room for the splits of four tiles of rows and some."""
+    return runner.array(np.zeros(2000 * (case.head_dim + 8) * 16, np.uint8))
+
+
+# num_blocks: fewer than tiles of rows, which take all splits of one then, or enough for one to take one split
+@pytest.mark.sm90
+@pytest.mark.parametrize("num_blocks", [2, 20])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(64, 16, 1, 4, ((40, 1000), (3, 257), (20, 20), (5, 256))),
+        Case(64, 16, 2, 1, ((70, 600), (300, 300)), window=270),
+        Case(128, 32, 1, 4, ((33, 700),), dtype=FLOAT16),
+    ],
+    ids=str,
+)
+def test_persistent_kernels_split_keys(runner, rng, case, num_blocks):
+    cache = make_cache(runner, rng, case)
+    query = make_query(rng, case, cache)
+    workspace = short_workspace(runner, case)
+    changes = {"kernels": SHORT_SPLITS, "num_blocks": num_blocks, "workspace": workspace}
+
+    outs = [run(runner, case, cache, query, **changes) for _ in range(2)]
+
+    expected, bound = reference(case, cache, query)
+    assert_close(outs[0], expected, atol=bound)
+    assert_teeth(expected, bound)
+    assert outs[0].tobytes() == outs[1].tobytes()
+    assert not runner.host(workspace)[-64:].any()  # counters
+
+
+@pytest.mark.sm90
+@pytest.mark.parametrize("window", [0, 300])
+def test_splits_give_the_same_bits_whoever_takes_them(runner, rng, window):
+    case = Case(64, 16, 1, 2, ((300, 900),), window)
+    cache = make_cache(runner, rng, case)
+    query = make_query(rng, case, cache)
+    common = {"kernels": SHORT_SPLITS, "workspace": short_workspace(runner, case)}
+    whole = run(runner, case, cache, query, num_blocks=1, **common)
+
+    for begin, end in ((0, 40), (40, 41), (41, 300)):
+        chunk = replace(case, lens=((end - begin, 600 + end),))
+        seq_lens = runner.array(np.array([600 + end], np.int32))
+        out = run(runner, chunk, cache, query[begin:end], seq_lens=seq_lens, num_blocks=20, **common)
+        assert out.tobytes() == whole[begin:end].tobytes(), (begin, end)
+
+
 @both_tiers
 def test_leaves_the_decodes_alone(runner, rng, kernels):
     case = Case(64, 16, 1, 4, ((1, 30), (1, 20), (50, 70), (3, 9)))
@@ -317,6 +376,7 @@ GOOD = Case(64, 16, 2, 4, ((2, 30), (1, 20)))
         ({"layer": -1}, "^layer: the cache has 2; got -1"),
         ({"sm_scale": -1.0}, "^sm_scale: expected a positive number"),
         ({"window": -1}, "^window: "),
+        ({"workspace": np.zeros(15, np.int32)}, "^workspace: .* uint8"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
