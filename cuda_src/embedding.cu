@@ -14,8 +14,8 @@ embedding(float* __restrict__ out,              // [gridDim.x, hidden_size]
           const int* __restrict__ ids,          // [gridDim.x]
           int num_rows,
           int hidden_size) {  // a multiple of 8
-  griddepcontrol_wait();
   griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
   const int id = ids[blockIdx.x];
   const bool valid = id >= 0 && id < num_rows;
   const scalar_t* src = weight + (long long)(valid ? id : 0) * hidden_size;

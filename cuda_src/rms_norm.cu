@@ -5,6 +5,7 @@
 //           on how many others there are.
 // Numerics: float32: squares summed element by element in a thread, then across the warp, then warp by warp; one
 //           rounding, at the store.
+// Overlap:  the weight is asked for before the wait for the kernel before.
 // Bound:    bytes: x and out once each from DRAM; weight stays in L2. Measured: docs/performance.md.
 #include "common.cuh"
 #include "ptx.cuh"
@@ -23,8 +24,12 @@ rms_norm(scalar_t* __restrict__ out,           // [gridDim.x, hidden_size]
   const long long row = (long long)blockIdx.x * hidden_size;  // 64-bit: tokens * hidden can pass 2^31
   const int first = threadIdx.x * 8;
 
-  griddepcontrol_wait();
   griddepcontrol_launch_dependents();
+  Vec<scalar_t> w[kGroupsPerThread];
+#pragma unroll
+  for (int n = 0; n < kGroupsPerThread; ++n)
+    if (first + n * kStride < hidden_size) w[n] = load_vec(weight + first + n * kStride);
+  griddepcontrol_wait();
   Float8 v[kGroupsPerThread];
   float sum_sq = 0.f;
 #pragma unroll
@@ -40,9 +45,8 @@ rms_norm(scalar_t* __restrict__ out,           // [gridDim.x, hidden_size]
   for (int n = 0; n < kGroupsPerThread; ++n) {
     const int i = first + n * kStride;
     if (i >= hidden_size) break;
-    const Float8 w = load_float8(weight + i);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) v[n].data[j] *= scale * w.data[j];
+    for (int j = 0; j < 8; ++j) v[n].data[j] *= scale * to_float(w[n].data[j]);
     store_float8(out + row + i, v[n]);
   }
 }

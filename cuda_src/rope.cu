@@ -9,6 +9,7 @@
 //           rotated pairs or, past rotary_dim, two neighbours. With r = 64 in head_dim 96 the vectors 0 .. 11 go to
 //               lane 0: 0, 4   lane 1: 1, 5   lane 2: 2, 6   lane 3: 3, 7   lane 4: 8, 9   lane 5: 10, 11
 // Numerics: float32, one rounding, at the store.
+// Overlap:  all that is read but qkv, and the place in the cache, is asked for before the wait for the kernel before.
 // Bound:    bytes: qkv read once; the queries, keys and values written once. Measured: docs/performance.md.
 #include "common.cuh"
 #include "paged_kv.cuh"
@@ -51,54 +52,64 @@ rope_and_store_kv(scalar_t* __restrict__ qkv,               // [gridDim.x, num_h
   const int i = rotated ? lane * 8 : lane * 16;  // of the head's elements, this lane owns i .. i+7 and k .. k+7
   const int k = rotated ? i + rotary_dim / 2 : i + 8;
 
-  griddepcontrol_wait();
   griddepcontrol_launch_dependents();
+  // All but qkv before the wait: no kernel writes it.
+  Float8 cosine = {}, sine = {}, weight_a = {}, weight_b = {};
+  if (active && rotated && !is_value) {
+    const float* row = cos_sin + (long long)positions[token] * rotary_dim;
+    cosine = load_float8(row + i);
+    sine = load_float8(row + rotary_dim / 2 + i);
+  }
+  if (kNorm && active && !is_value) {
+    const scalar_t* weight = is_query ? q_norm : k_norm;
+    weight_a = load_float8(weight + i);
+    weight_b = load_float8(weight + k);
+  }
   scalar_t* x = qkv + ((long long)token * total_heads + head) * kHeadDim;
+  scalar_t *dst_a = x + i, *dst_b = x + k;
+  bool stored = active;
+  if (active && !is_query) {
+    const int slot = slot_mapping[token];
+    stored = slot >= 0;
+    if (stored) {
+      const int kv_head = head - num_heads - (is_value ? kv.num_kv_heads : 0);
+      scalar_t* block = kv.block<scalar_t, kHeadDim>(is_value ? kv.v_offset : kv.k_offset, slot / kBlockSize, kv_head,
+                                                     kBlockSize);
+      dst_a = block + chunk_offset<kHeadDim>(slot % kBlockSize, i / 8, kBlockSize);
+      dst_b = block + chunk_offset<kHeadDim>(slot % kBlockSize, k / 8, kBlockSize);
+    }
+  }
+  griddepcontrol_wait();
+
   Float8 a = {}, b = {};
   if (active) {
     a = load_float8(x + i);
     b = load_float8(x + k);
   }
-
   if constexpr (kNorm) {
     float sum_sq = 0.f;
 #pragma unroll
     for (int j = 0; j < 8; ++j) sum_sq += a.data[j] * a.data[j] + b.data[j] * b.data[j];
 #pragma unroll
     for (int offset = kLanes / 2; offset > 0; offset /= 2) sum_sq += __shfl_xor_sync(kFullMask, sum_sq, offset);
-    if (active && !is_value) {
+    if (!is_value) {
       const float scale = rsqrtf(sum_sq / kHeadDim + eps);
-      const scalar_t* weight = is_query ? q_norm : k_norm;
-      const Float8 wa = load_float8(weight + i), wb = load_float8(weight + k);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        a.data[j] *= scale * wa.data[j];
-        b.data[j] *= scale * wb.data[j];
+        a.data[j] *= scale * weight_a.data[j];
+        b.data[j] *= scale * weight_b.data[j];
       }
     }
   }
-  if (!active) return;  // no shuffle and no barrier follows
+  if (!stored) return;  // no shuffle and no barrier follows
 
   if (rotated && !is_value) {
-    const float* row = cos_sin + (long long)positions[token] * rotary_dim;
-    const Float8 cosine = load_float8(row + i), sine = load_float8(row + rotary_dim / 2 + i);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const float first = a.data[j], second = b.data[j];
       a.data[j] = first * cosine.data[j] - second * sine.data[j];
       b.data[j] = second * cosine.data[j] + first * sine.data[j];
     }
-  }
-
-  scalar_t *dst_a = x + i, *dst_b = x + k;
-  if (!is_query) {
-    const int slot = slot_mapping[token];
-    if (slot < 0) return;
-    const int kv_head = head - num_heads - (is_value ? kv.num_kv_heads : 0);
-    scalar_t* block = kv.block<scalar_t, kHeadDim>(is_value ? kv.v_offset : kv.k_offset, slot / kBlockSize, kv_head,
-                                                   kBlockSize);
-    dst_a = block + chunk_offset<kHeadDim>(slot % kBlockSize, i / 8, kBlockSize);
-    dst_b = block + chunk_offset<kHeadDim>(slot % kBlockSize, k / 8, kBlockSize);
   }
   store_float8(dst_a, a);
   store_float8(dst_b, b);

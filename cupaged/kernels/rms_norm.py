@@ -10,7 +10,7 @@ from cupaged.kernels.checks import C_TYPE, FLOAT32, HALF_TYPES, check, check_dty
 from cupaged.kernels.compile import load_kernel
 
 # (warps per thread block, groups of 8 elements a thread), for rows of up to 256 * both: the first that fits is taken.
-TILES = ((4, 1), (8, 1), (16, 1), (32, 1), (32, 2), (32, 4))
+TILES = ((4, 1), (4, 2), (8, 2), (16, 2), (32, 2), (32, 4))
 MAX_HIDDEN_SIZE = 256 * 32 * 4
 
 
