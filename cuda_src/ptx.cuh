@@ -10,8 +10,8 @@
 // Until griddepcontrol_wait returns, which is when that one has ended and its writes are visible, it may touch nothing
 // that another kernel writes, and write nothing that another one touches. All threads of such a kernel call it, so that
 // when it has ended, those before it have. griddepcontrol_launch_dependents lets the next kernel begin, once all thread
-// blocks have called it or ended: called early, it gives the next one time for what it does before it waits; called after
-// the wait, it also tells the next one that all before this kernel has ended.
+// blocks have called it or ended: called early, it gives the next one time for what it does before it waits; called
+// after the wait, it also tells the next one that all before this kernel has ended.
 // Launched otherwise, and on GPUs before Hopper, both do nothing.
 __device__ __forceinline__ void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900

@@ -3,16 +3,23 @@
 // Probabilities: a token's mass is floor(2^40 * exp((logit - max) / temperature)), made by integer arithmetic from one
 //           float32 difference, product and conversion. Sums of masses are exact, so neither the order of summation
 //           nor the launch shape can change a draw, and NumPy computes the very same integers.
-// Filters:  each one lowers the kept set to the tokens at or above a threshold (ties stay). No sort: a radix descent
-//           over the logits' order-preserving keys, 8 bits a pass from the top, finds the threshold from a histogram
-//           of counts (top_k) or of masses (top_p).
-// Draw:     inverse CDF in id order: the first token whose running mass exceeds random * total / 2^64. A descent too:
-//           the ids are cut into one part a warp, the part that holds the draw is cut again.
-// Work:     one thread block a row.
-// Traffic:  bound by reading the row from L2, where its 4 * vocab_size bytes stay after the first pass: 1 pass for a
-//           greedy row, 2 and a bit for a plain temperature, 4 more for top_k, 5 more for top_p. Measured: docs/performance.md.
+// Filters:  each one lowers the kept set to the tokens at or above a threshold (ties stay). Without a sort: those that
+//           may be the last one kept, as a rule some tens or hundreds, are listed. For top_k these are the tokens at or
+//           above a bound (row_slices.cuh), for top_p those in one bin of a histogram of masses, whose bins are 1/64 as
+//           wide as they lie below the largest logit. Should they be too many, the whole row stands for the list.
+// Draw:     inverse CDF in id order: the first token whose running mass exceeds random * total / 2^64. First among the
+//           sums of the row's parts, then in the slices of a part; where top_k leaves few tokens, among these at once.
+// Work:     three kernels over the parts of rows (row_slices.cuh). Rows end in the first that can draw them:
+//           sample_likeliest  all rows: the largest logit, and the bound for top_k. Greedy rows end here.
+//           sample_weighed    tokens listed for top_k, or the parts' sums; for top_p alone histograms instead
+//           sample_top_p      rows with top_p alone: the bin's tokens listed, sums of the bins above it
+// Overlap:  the second and third read their first slices before they wait: they begin when the first has waited itself,
+//           so that the logits, which are older than that, are complete.
+// Traffic:  bound by reading the row, once a kernel: from DRAM where rows don't fit into L2. Few rows: latency of the
+//           launches. Measured: docs/performance.md.
 #include "philox.cuh"
-#include "token_order.cuh"
+#include "ptx.cuh"
+#include "row_slices.cuh"
 
 constexpr float kLog2E = 1.44269504f;
 constexpr int kMassBits = 40;  // 2^23 tokens of mass 2^40 still add up within 64 bits
@@ -25,6 +32,14 @@ struct SamplingRow {  // SAMPLING_ROW in cupaged/backends/base.py
   int top_k;          // 0 keeps all
   unsigned long long seed;
   unsigned long long counter;
+
+  __device__ __forceinline__ bool is_greedy() const { return !(temperature > 0.f); }
+  __device__ __forceinline__ bool has_top_k(int vocab_size) const {
+    return !is_greedy() && 0 < top_k && top_k < vocab_size;
+  }
+  __device__ __forceinline__ bool has_top_p_alone(int vocab_size) const {
+    return !is_greedy() && top_p < 1.f && !has_top_k(vocab_size);
+  }
 };
 
 // 2^40 * 2^-x rounded down, for x in [0, 64) as a fixed-point number with 26 fraction bits; relative error < 2^-27
@@ -44,190 +59,324 @@ __device__ __forceinline__ unsigned long long exp2_mass(unsigned x) {
   return (kMaxMass - ((unsigned long long)f * q >> (64 - kMassBits))) >> (x >> 26);
 }
 
-// The tokens of one row that are still kept, with their masses.
+// The masses of one row's tokens, and which are still kept.
 struct Candidates {
-  const float* logits;
   float max_logit;
   float scale;                  // log2(e) / temperature
   unsigned long long min_mass;  // at least 1
   unsigned threshold;           // smallest key that is kept
 
-  // The mass of token id, 0 if it isn't kept; key gets its order-preserving key.
-  __device__ __forceinline__ unsigned long long mass(int id, unsigned& key) const {
-    key = logit_key(logits[id]);
-    const float logit = logit_of_key(key);  // without NaN
+  __device__ __forceinline__ Candidates(const SamplingRow& params, unsigned max_key)
+      : max_logit(logit_of_key(max_key)),
+        scale(kLog2E / params.temperature),
+        min_mass(Max{}(1, (unsigned long long)ceilf(fminf(params.min_p, 1.f) * (float)kMaxMass))),
+        threshold(0) {}
+
+  // -log2 of a token's mass over the largest one, up to 63. NaN stands for -inf.
+  __device__ __forceinline__ float exponent(float logit) const {
     const float gap = logit == max_logit ? 0.f : max_logit - logit;  // inf - inf is a tie with the maximum
-    const float exponent = gap > 0.f ? fminf(gap * scale, 63.f) : 0.f;
-    const unsigned long long mass = exp2_mass((unsigned)(exponent * 67108864.f));  // 2^26: the product is exact
-    return key >= threshold && mass >= min_mass ? mass : 0;
+    return gap <= 0.f ? 0.f : fminf(gap * scale, 63.f);
+  }
+
+  // 0 if min_p drops it
+  __device__ __forceinline__ unsigned long long mass(float logit) const {
+    const unsigned long long mass = exp2_mass((unsigned)(exponent(logit) * 67108864.f));  // 2^26: the product is exact
+    return mass >= min_mass ? mass : 0;
+  }
+
+  // 0 if it isn't kept
+  __device__ __forceinline__ unsigned long long kept_mass(unsigned key) const {
+    return key >= threshold ? mass(logit_of_key(key)) : 0;
+  }
+
+  // The bin of the token's exponent, from the likeliest tokens on: the upper bits of a float, 64 bins each time that it
+  // doubles from 2^-7 on.
+  __device__ __forceinline__ int bin(float logit) const {
+    constexpr int kMantissaBits = 6;
+    static_assert(kNumBins == 13 << kMantissaBits, "exponents from 2^-7 to 2^6");
+    const int upper = (int)(__float_as_uint(exponent(logit)) >> (23 - kMantissaBits));
+    return max(0, upper - ((127 - 7) << kMantissaBits));
   }
 };
 
-struct Count {
-  __device__ unsigned long long operator()(unsigned long long mass) const { return mass ? 1 : 0; }
-};
-struct Mass {
-  __device__ unsigned long long operator()(unsigned long long mass) const { return mass; }
-};
+// The mass that top_p in [0, 1) wants of a total: ceil(top_p * total), at least 1. A float32 in [2^-41, 1) is a whole
+// number of 2^-64.
+__device__ __forceinline__ unsigned long long top_p_target(float top_p, unsigned long long total) {
+  const unsigned long long fraction = (unsigned long long)(fmaxf(top_p, 0.f) * 18446744073709551616.f);
+  return Max{}(1, __umul64hi(fraction, total) + (fraction * total != 0));
+}
 
-template <int kNumThreads>  // of the thread block, which serves one row
+template <int kNumThreads>
 struct Sampler {
+  using Slice = RowSlice<kNumThreads>;
+  using Search = RowSearch<kNumThreads>;
   static constexpr int kNumWarps = kNumThreads / kWarpSize;
-  static constexpr int kNumDigits = 256;
-  static constexpr int kDigitsPerLane = kNumDigits / kWarpSize;
 
   struct Shared {
-    unsigned long long parts[kNumWarps];
-    unsigned low[kNumDigits], high[kNumDigits];  // a histogram of 64-bit weights in two halves
-    unsigned digit;
-    unsigned long long remaining;
+    typename Search::Shared search;
+    Token list[kListSize];
+    int part;
+    unsigned long long point;
   };
 
-  // Sum of f(id) over the ids begin .. end - 1 that this thread visits, neighbours side by side.
-  template <typename F>
-  static __device__ __forceinline__ unsigned long long thread_sum(int begin, int end, int stride, F f) {
-    unsigned long long sum = 0;
-#pragma unroll 4
-    for (int id = begin; id < end; id += stride) sum += f(id);
-    return sum;
+  // Set the workspace's state from the histogram of all candidates: the bin where their running mass reaches top_p.
+  static __device__ void find_bin(Shared& shared, const RowWorkspace& row, float top_p) {
+    constexpr int kBinsPerThread = ceil_div(kNumBins, kNumThreads);
+    int bin = min((int)threadIdx.x * kBinsPerThread, kNumBins);
+    const int end = min(bin + kBinsPerThread, kNumBins);
+    unsigned long long mine = 0, total;
+#pragma unroll 1
+    for (int i = bin; i < end; ++i) mine += row.state->histogram[i];
+    unsigned long long above = exclusive_scan<kNumWarps>(mine, shared.search.scratch, total);
+    const unsigned long long target = top_p_target(top_p, total);
+    if (above >= target || above + mine < target) return;
+#pragma unroll 1
+    for (; above + row.state->histogram[bin] < target; ++bin) above += row.state->histogram[bin];
+    row.state->target = target;
+    row.state->above = above;
+    row.state->bin = bin;
   }
 
-  // The largest key such that the candidates at or above it weigh at least `target` (> 0) together; 0 if all of them
-  // weigh less. All threads call it.
-  template <typename Weight>
-  static __device__ unsigned threshold_key(Shared& shared, const Candidates& candidates, int vocab_size, Weight weight,
-                                           unsigned long long target) {
-    unsigned prefix = 0;  // the digits of the key that are known
-    for (int shift = 24; shift >= 0; shift -= 8) {
-      for (int d = threadIdx.x; d < kNumDigits; d += kNumThreads) shared.low[d] = shared.high[d] = 0;
-      __syncthreads();
-      const unsigned known = shift == 24 ? 0 : ~0u << (shift + 8);
-#pragma unroll 4
-      for (int id = threadIdx.x; id < vocab_size; id += kNumThreads) {
-        unsigned key;
-        const unsigned long long w = weight(candidates.mass(id, key));
-        if (w == 0 || (key & known) != prefix) continue;
-        const unsigned digit = key >> shift & (kNumDigits - 1);
-        // 64-bit shared atomics are loops; two 32-bit ones are not, and the adder that overflows carries.
-        const unsigned low = (unsigned)w;
-        const unsigned carry = atomicAdd(&shared.low[digit], low) > ~low;
-        const unsigned high = (unsigned)(w >> 32) + carry;
-        if (high) atomicAdd(&shared.high[digit], high);
+  // Draw the row's token from the sums of its parts and the listed tokens, which the sums don't have yet and which
+  // top_k and top_p are still to choose from; what isn't listed is kept or not for good. PRECOND: some candidate has
+  // mass.
+  static __device__ void draw(int* token_id, Shared& shared, const SamplingRow& params, Candidates candidates,
+                              const RowWorkspace& row, int num_parts, int slices_per_part, const float* logits,
+                              int vocab_size) {
+    const unsigned num_listed = row.counters->num_listed;
+    const bool has_top_k = params.has_top_k(vocab_size);
+    if (has_top_k) candidates.threshold = row.state->bound;
+    const bool overflow = num_listed > kListSize;
+    const int n = overflow ? vocab_size : num_listed;
+    if (overflow)
+#pragma unroll 1
+      for (int i = threadIdx.x; i < num_parts; i += kNumThreads) row.parts[i].sum = 0;
+    else
+#pragma unroll 1
+      for (int i = threadIdx.x; i < n; i += kNumThreads) shared.list[i] = row.list[i];
+    __syncthreads();
+    const auto token = [&](int i) { return overflow ? Token{logit_key(logits[i]), i} : shared.list[i]; };
+
+#pragma unroll 1
+    for (int filter = 0; filter < 2; ++filter) {  // top_k, then top_p
+      const bool is_top_p = filter == 1;
+      unsigned long long target = params.top_k;
+      if (is_top_p && has_top_k) {
+        if (!(params.top_p < 1.f)) break;
+        unsigned long long sum = 0;
+#pragma unroll 1
+        for (int i = threadIdx.x; i < n; i += kNumThreads) sum += candidates.kept_mass(token(i).key);
+        target = top_p_target(params.top_p, block_reduce<kNumWarps>(sum, shared.search.scratch, Sum{}));
+      } else if (is_top_p) {
+        if (n == 0) break;  // no top_p either
+        target = row.state->target - (overflow ? 0 : row.state->above);
+      } else if (!has_top_k) {
+        continue;
       }
-      __syncthreads();
-      if (threadIdx.x < kWarpSize) find_digit(shared, target);
-      __syncthreads();
-      prefix |= shared.digit << shift;
-      target = shared.remaining;
+      const auto weight = [&](int i, unsigned& key) {
+        key = token(i).key;
+        const unsigned long long mass = candidates.kept_mass(key);
+        return is_top_p ? mass : (unsigned long long)(mass != 0);
+      };
+      candidates.threshold = max(candidates.threshold, Search::threshold_key(shared.search, n, weight, target));
     }
-    return prefix;
-  }
+    const unsigned long long random = philox_u64(params.seed, params.counter);
 
-  // The largest digit at which the histogram, summed from the top, reaches `target`, and what remains of the target
-  // below the larger digits; digit 0 if it is never reached. One warp calls it.
-  static __device__ __forceinline__ void find_digit(Shared& shared, unsigned long long target) {
-    const int lane = threadIdx.x;
-    const int top = kNumDigits - 1 - lane * kDigitsPerLane;  // lane 0 has the largest digits
-    const auto bin = [&](int d) { return (unsigned long long)shared.high[d] << 32 | shared.low[d]; };
-    unsigned long long mine = 0;
-    for (int i = 0; i < kDigitsPerLane; ++i) mine += bin(top - i);
-    unsigned long long above = inclusive_scan(mine) - mine;
-    const unsigned reached = __ballot_sync(kFullMask, above + mine >= target);
-    const int finder = reached ? __ffs(reached) - 1 : kWarpSize - 1;
-    if (lane != finder) return;
-    int digit = top;
-    for (const int last = top - kDigitsPerLane + 1; digit > last && above + bin(digit) < target; --digit)
-      above += bin(digit);
-    shared.digit = digit;
-    shared.remaining = target - above;
-  }
-
-  static __device__ __forceinline__ unsigned long long inclusive_scan(unsigned long long x) {  // over the warp's lanes
-    const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-    for (int offset = 1; offset < kWarpSize; offset *= 2) {
-      const unsigned long long below = __shfl_up_sync(kFullMask, x, offset);
-      if (lane >= offset) x += below;
+    if (has_top_k && n <= kNumThreads) {  // few tokens, and no others are kept
+      const Token mine = shared.list[min((int)threadIdx.x, n - 1)];
+      const unsigned long long mass = threadIdx.x < n ? candidates.kept_mass(mine.key) : 0;
+      auto& few = shared.search.few;
+      few.keys[threadIdx.x] = mine.id;
+      few.weights[threadIdx.x] = mass;
+      const unsigned long long point =
+          __umul64hi(random, block_reduce<kNumWarps>(mass, shared.search.scratch, Sum{}));
+      if (mass == 0) return;
+      const unsigned long long before = few.sum_where(n, [&](unsigned id) { return id < (unsigned)mine.id; });
+      if (before <= point && point < before + mass) *token_id = mine.id;
+      return;
     }
-    return x;
-  }
 
-  static __device__ unsigned long long total_mass(Shared& shared, const Candidates& candidates, int vocab_size) {
-    const auto mass = [&](int id) { unsigned key; return candidates.mass(id, key); };
-    return block_reduce<kNumWarps>(thread_sum(threadIdx.x, vocab_size, kNumThreads, mass), shared.parts, Sum{});
-  }
+#pragma unroll 1
+    for (int i = threadIdx.x; i < n; i += kNumThreads) {
+      const Token t = token(i);
+      const unsigned long long mass = candidates.kept_mass(t.key);
+      if (mass != 0) atomicAdd(&row.parts[t.id / (Slice::kSize * slices_per_part)].sum, mass);
+    }
+    __syncthreads();
 
-  // The first candidate in id order whose inclusive running mass exceeds random / 2^64 of the whole. Thread 0 gets
-  // it, if not the others. PRECOND: some candidate has mass.
-  static __device__ int draw(Shared& shared, const Candidates& candidates, int vocab_size, unsigned long long random) {
-    const auto mass = [&](int id) { unsigned key; return candidates.mass(id, key); };
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    int begin = 0, end = vocab_size;  // where the draw lies
-    unsigned long long point = 0;     // mass between `begin` and the draw
-    for (bool whole_row = true;; whole_row = false) {
-      const int part = ceil_div(ceil_div(end - begin, kNumWarps), kWarpSize) * kWarpSize;  // ids a warp
-      const int first = min(begin + warp * part, end);
-      const unsigned long long sum =
-          warp_reduce(thread_sum(first + lane, min(first + part, end), kWarpSize, mass), Sum{});
-      if (lane == 0) shared.parts[warp] = sum;
-      __syncthreads();
-      if (whole_row) {
-        unsigned long long total = 0;
-        for (int w = 0; w < kNumWarps; ++w) total += shared.parts[w];
-        point = __umul64hi(random, total);
+    // The part that holds the draw, then the slice, the thread and the token.
+    const int parts_per_thread = ceil_div(num_parts, kNumThreads);
+    int p = min((int)threadIdx.x * parts_per_thread, num_parts);
+    const int end = min(p + parts_per_thread, num_parts);
+    unsigned long long mine = 0, total;
+#pragma unroll 1
+    for (int i = p; i < end; ++i) mine += row.parts[i].sum;
+    unsigned long long before = exclusive_scan<kNumWarps>(mine, shared.search.scratch, total);
+    unsigned long long point = __umul64hi(random, total);
+    if (before <= point && point < before + mine) {
+#pragma unroll 1
+      for (; point >= before + row.parts[p].sum; ++p) before += row.parts[p].sum;
+      shared.part = p;
+      shared.point = point - before;
+    }
+    __syncthreads();
+    point = shared.point;
+    for (int slice = shared.part * slices_per_part; slice * Slice::kSize < vocab_size; ++slice) {
+      typename Slice::Ids ids = Slice::load_in_order(logits, slice, vocab_size);
+      mine = 0;
+      ids.each([&](float logit, int, int) { mine += candidates.kept_mass(logit_key(logit)); });
+      before = exclusive_scan<kNumWarps>(mine, shared.search.scratch, total);
+      if (before <= point && point < before + mine) {
+        int drawn = ids.first;
+        ids.each([&](float logit, int, int) {
+          before += candidates.kept_mass(logit_key(logit));
+          drawn += before <= point;
+        });
+        *token_id = drawn;
       }
-      int w = 0;
-      while (point >= shared.parts[w]) point -= shared.parts[w++];
-      __syncthreads();
-      begin += w * part;
-      end = min(begin + part, end);
-      if (part == kWarpSize) break;
+      if (point < total) return;
+      point -= total;
     }
-    const unsigned long long running = inclusive_scan(begin + lane < end ? mass(begin + lane) : 0);
-    return begin + __ffs(__ballot_sync(kFullMask, running > point)) - 1;
   }
 };
 
-// grid (num_rows), block (kNumThreads)
+// All three: grid (parts of a row, num_rows), block (kNumThreads).
+
 template <int kNumThreads>
-__global__ void __launch_bounds__(kNumThreads, 1)
-sample(int* __restrict__ token_ids,            // [num_rows]
-       const float* __restrict__ logits,       // [num_rows, row_size]
-       const SamplingRow* __restrict__ rows,   // [num_rows]
-       int row_size, int vocab_size) {         // 1 <= vocab_size <= row_size, at most 2^23
+__global__ void __launch_bounds__(kNumThreads)
+sample_likeliest(int* __restrict__ token_ids,           // [num_rows]
+                 const float* __restrict__ logits,      // [num_rows, row_size]
+                 const SamplingRow* __restrict__ rows,  // [num_rows]
+                 unsigned char* workspace,              // as RowWorkspace has it
+                 long long counters_start,              // bytes; arrivals are zeros before and after
+                 int row_size, int vocab_size,          // 1 <= vocab_size <= row_size, at most 2^23
+                 int slices_per_part) {
   using S = Sampler<kNumThreads>;
-  static_assert(kNumThreads % kWarpSize == 0 && kNumThreads <= 1024, "whole warps, one thread block");
-  __shared__ typename S::Shared shared;
-  const SamplingRow row = rows[blockIdx.x];
-  logits += (long long)blockIdx.x * row_size;  // 64-bit: rows * vocabulary can pass 2^31
+  __shared__ typename S::Search::Shared shared;
+  const RowPart<kNumThreads> part(vocab_size, slices_per_part);
+  const RowWorkspace row = part.in(workspace, counters_start);
+  logits += (long long)part.row * row_size;  // 64-bit: rows * vocabulary can pass 2^31
 
-  unsigned long long best = 0;
-#pragma unroll 4
-  for (int id = threadIdx.x; id < vocab_size; id += kNumThreads) best = Max{}(best, token_rank(logits[id], id));
-  best = block_reduce<S::kNumWarps>(best, shared.parts, Max{});
-
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
+  const SamplingRow params = rows[part.row];
+  if (params.has_top_p_alone(vocab_size))
+    for (int i = part.index * kNumThreads + threadIdx.x; i < kNumBins; i += part.num_parts * kNumThreads)
+      row.state->histogram[i] = 0;
+  const int k = params.has_top_k(vocab_size) ? params.top_k : 0;
+  if (!S::Search::find_likeliest(shared, row, part, logits, vocab_size, k)) return;
+  if (threadIdx.x != 0) return;
+  const unsigned long long best = row.state->best;
   const bool drawable = key_of_rank(best) > kNegInfKey;
-  if (!drawable || !(row.temperature > 0.f)) {
-    if (threadIdx.x == 0) token_ids[blockIdx.x] = drawable ? id_of_rank(best) : -1;
-    return;
+  if (!drawable || params.is_greedy()) token_ids[part.row] = drawable ? id_of_rank(best) : -1;
+}
+
+template <int kNumThreads>
+__global__ void __launch_bounds__(kNumThreads)
+sample_weighed(int* __restrict__ token_ids,           // [num_rows]
+               const float* __restrict__ logits,      // [num_rows, row_size]
+               const SamplingRow* __restrict__ rows,  // [num_rows]
+               unsigned char* workspace,              // as sample_likeliest has left it
+               long long counters_start, int row_size, int vocab_size, int slices_per_part) {
+  using S = Sampler<kNumThreads>;
+  using Slice = typename S::Slice;
+  __shared__ typename S::Shared shared;
+  const RowPart<kNumThreads> part(vocab_size, slices_per_part);
+  const RowWorkspace row = part.in(workspace, counters_start);
+  logits += (long long)part.row * row_size;
+
+  griddepcontrol_launch_dependents();
+  const SamplingRow params = rows[part.row];
+  typename Slice::Ids ids;
+  if (!params.is_greedy()) ids = Slice::load_streams(logits, part.first, vocab_size);
+  griddepcontrol_wait();
+  if (params.is_greedy()) return;
+  const unsigned max_key = key_of_rank(row.state->best);
+  if (max_key <= kNegInfKey) return;
+
+  const bool has_top_k = params.has_top_k(vocab_size), has_top_p_alone = params.has_top_p_alone(vocab_size);
+  auto& histogram = shared.search.histogram;
+  if (has_top_p_alone) {
+    histogram.clear(kNumBins);
+    __syncthreads();
+  }
+  const Candidates candidates(params, max_key);
+  const unsigned bound = max(row.state->bound, kNegInfKey + 1);
+  unsigned long long sum = 0;
+  for (int slice = part.first;;) {
+    if (has_top_k) {
+      unsigned listed = 0;
+      ids.each([&](float logit, int, int i) { listed |= (unsigned)(logit_key(logit) >= bound) << i; });
+      S::Search::append(row, ids, listed);
+    } else if (has_top_p_alone) {
+      ids.each([&](float logit, int, int) {
+        if (const unsigned long long mass = candidates.mass(logit)) histogram.add(candidates.bin(logit), mass);
+      });
+    } else {
+      ids.each([&](float logit, int, int) { sum += candidates.mass(logit); });
+    }
+    if (++slice == part.end) break;
+    ids = Slice::load_streams(logits, slice, vocab_size);
   }
 
-  Candidates candidates;
-  candidates.logits = logits;
-  candidates.max_logit = logit_of_key(key_of_rank(best));
-  candidates.scale = kLog2E / row.temperature;
-  candidates.min_mass = Max{}(1, (unsigned long long)ceilf(fminf(row.min_p, 1.f) * (float)kMaxMass));
-  candidates.threshold = 0;
-  if (row.top_k > 0 && row.top_k < vocab_size)
-    candidates.threshold = S::threshold_key(shared, candidates, vocab_size, Count{}, row.top_k);
-  if (row.top_p < 1.f) {
-    // target = ceil(top_p * total), at least 1: a float32 in [2^-41, 1) is a whole number of 2^-64
-    const unsigned long long total = S::total_mass(shared, candidates, vocab_size);
-    const unsigned long long top_p = (unsigned long long)(fmaxf(row.top_p, 0.f) * 18446744073709551616.f);
-    const unsigned long long target = Max{}(1, __umul64hi(top_p, total) + (top_p * total != 0));
-    candidates.threshold =
-        Max{}(candidates.threshold, S::threshold_key(shared, candidates, vocab_size, Mass{}, target));
+  PartState& state = row.parts[part.index];
+  if (has_top_p_alone) {
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kNumBins; i += kNumThreads) {
+      const unsigned long long mass = histogram[i];
+      state.histogram[i] = mass;
+      if (mass != 0) atomicAdd(&row.state->histogram[i], mass);
+    }
+  } else {
+    sum = block_reduce<S::kNumWarps>(sum, shared.search.scratch, Sum{});
+    if (threadIdx.x == 0) state.sum = sum;
   }
-  const int token = S::draw(shared, candidates, vocab_size, philox_u64(row.seed, row.counter));
-  if (threadIdx.x == 0) token_ids[blockIdx.x] = token;
+  if (!last_to_arrive(&row.counters->arrivals[1], part.num_parts)) return;
+  if (has_top_p_alone)
+    S::find_bin(shared, row, params.top_p);
+  else
+    S::draw(token_ids + part.row, shared, params, candidates, row, part.num_parts, slices_per_part, logits, vocab_size);
+}
+
+template <int kNumThreads>
+__global__ void __launch_bounds__(kNumThreads)
+sample_top_p(int* __restrict__ token_ids,           // [num_rows]
+             const float* __restrict__ logits,      // [num_rows, row_size]
+             const SamplingRow* __restrict__ rows,  // [num_rows]
+             unsigned char* workspace,              // as sample_weighed has left it
+             long long counters_start, int row_size, int vocab_size, int slices_per_part) {
+  using S = Sampler<kNumThreads>;
+  using Slice = typename S::Slice;
+  __shared__ typename S::Shared shared;
+  const RowPart<kNumThreads> part(vocab_size, slices_per_part);
+  const RowWorkspace row = part.in(workspace, counters_start);
+  logits += (long long)part.row * row_size;
+
+  const SamplingRow params = rows[part.row];
+  const bool has_top_p_alone = params.has_top_p_alone(vocab_size);
+  typename Slice::Ids ids;
+  if (has_top_p_alone) ids = Slice::load_streams(logits, part.first, vocab_size);
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
+  if (!has_top_p_alone) return;
+  const unsigned max_key = key_of_rank(row.state->best);
+  if (max_key <= kNegInfKey) return;
+
+  const Candidates candidates(params, max_key);
+  const int last_bin = row.state->bin;
+  PartState& state = row.parts[part.index];
+  unsigned long long sum = 0;
+  for (int i = threadIdx.x; i < last_bin; i += kNumThreads) sum += state.histogram[i];
+  for (int slice = part.first;;) {
+    unsigned listed = 0;
+    ids.each([&](float logit, int, int i) { listed |= (unsigned)(candidates.bin(logit) == last_bin) << i; });
+    S::Search::append(row, ids, listed);
+    if (++slice == part.end) break;
+    ids = Slice::load_streams(logits, slice, vocab_size);
+  }
+  sum = block_reduce<S::kNumWarps>(sum, shared.search.scratch, Sum{});
+  if (threadIdx.x == 0) state.sum = sum;
+  if (!last_to_arrive(&row.counters->arrivals[2], part.num_parts)) return;
+  S::draw(token_ids + part.row, shared, params, candidates, row, part.num_parts, slices_per_part, logits, vocab_size);
 }

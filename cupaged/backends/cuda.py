@@ -36,6 +36,7 @@ from cupaged.kernels.paged_prefill import KERNELS, paged_prefill, prefill_worksp
 from cupaged.kernels.paged_prefill_sm90 import KERNELS_SM90
 from cupaged.kernels.rms_norm import rms_norm
 from cupaged.kernels.rope import rope_and_store_kv
+from cupaged.kernels.row_slices import row_workspace_size
 from cupaged.kernels.sampler import sample
 from cupaged.kernels.take_tokens import take_tokens
 from cupaged.kernels.tier import SM90_SUFFIX, use_sm90
@@ -317,6 +318,7 @@ class CudaBackend:
         self._decode_workspace: Array | None = None  # uint8: the partial results of split sequences
         self._prefill_workspace: Array | None = None  # uint8: the same, of prompts
         self._linear_workspace: Array | None = None  # uint8: the partial sums of split matrix products
+        self._rows_workspace: Array | None = None  # uint8: what parts of rows of logits find
         self._layers: Layers | None = None  # whose addresses are known
         self._sm90 = False  # whether Hopper's own kernels take the portable ones' place
 
@@ -395,6 +397,7 @@ class CudaBackend:
         num_bytes = prefill_workspace_size(self.dtype, config.head_dim, config.num_kv_heads, max_model_len)
         self._prefill_workspace = self._zeros(num_bytes)
         self._linear_workspace = self._zeros(linear_workspace_size(device_info()))
+        self._rows_workspace = self._zeros(row_workspace_size(max_num_seqs, config.vocab_size))
 
         max_blocks = ceil_div(max_model_len, min(BLOCK_SIZES))  # the arena's block size isn't known yet
         by_token, by_sequence = 3 * [max_num_tokens], [max_num_seqs + 1, max_num_seqs, max_num_seqs]
@@ -436,7 +439,8 @@ class CudaBackend:
                 ring.wait()
         self._copier.close()
         self._staging = self._small_staging = self._batch_staging = self._batch_buffer = self._fetches = None
-        self._decode_workspace = self._prefill_workspace = self._linear_workspace = self._layers = None
+        self._decode_workspace = self._prefill_workspace = self._linear_workspace = self._rows_workspace = None
+        self._layers = None
 
     # -- the cache -----------------------------------------------------------------------------------------
 
@@ -505,8 +509,14 @@ class CudaBackend:
 
     keep_allowed = staticmethod(keep_allowed)
     edit_logits = staticmethod(edit_logits)
-    sample = staticmethod(sample)
-    logprobs = staticmethod(logprobs)
+
+    def sample(self, token_ids: Array, logits: Array, rows: Array, vocab_size: int) -> None:
+        sample(token_ids, logits, rows, vocab_size, self._rows_workspace)
+
+    def logprobs(
+        self, top_ids: Array, top_logprobs: Array, ranks: Array, logits: Array, token_ids: Array, vocab_size: int
+    ) -> None:
+        logprobs(top_ids, top_logprobs, ranks, logits, token_ids, vocab_size, self._rows_workspace)
 
 
 def _padded(num_bytes: int) -> int:

@@ -75,7 +75,7 @@ class KernelCases:
         backend.reserve(
             model,
             max(num_tokens, default=1),
-            max((num_seqs for num_seqs, _ in sequences), default=1),
+            max((*(num_seqs for num_seqs, _ in sequences), *(min(m, MAX_LOGIT_ROWS) for m in rows)), default=1),
             max((length for _, length in sequences), default=1),
         )
 

@@ -9,19 +9,23 @@ import numpy as np
 from cupaged.backends.base import SAMPLING_ROW
 from cupaged.kernels.checks import check, check_that
 from cupaged.kernels.compile import load_kernel
+from cupaged.kernels.row_slices import NUM_THREADS, row_slices
 
-NUM_THREADS = 1024  # of the thread block that serves a row: one row alone should use all of a multiprocessor
-KERNEL = ("sampler.cu", f"sample<{NUM_THREADS}>")
+KERNELS = [("sampler.cu", f"{name}<{NUM_THREADS}>") for name in ("sample_likeliest", "sample_weighed", "sample_top_p")]
 MAX_VOCAB_SIZE = 1 << 23  # masses of 2^40 add up within 64 bits
 
 
 def instantiations() -> Iterator[tuple[str, str]]:
     """(file, name) of every kernel that this module launches."""
-    yield KERNEL
+    yield from KERNELS
 
 
-def sample(token_ids, logits, rows, vocab_size: int) -> None:
-    """`Backend.sample`: token_ids [m] int32 from logits [m, >= vocab_size] float32 and rows [m] SAMPLING_ROW."""
+def sample(token_ids, logits, rows, vocab_size: int, workspace) -> None:
+    """`Backend.sample`: token_ids [m] int32 from logits [m, >= vocab_size] float32 and rows [m] SAMPLING_ROW.
+
+    workspace: uint8, at least `row_workspace_size` bytes, zeros before its first use; what a launch leaves in it suits
+    the next. Launches that share one must follow each other on one stream.
+    """
     num_rows, row_size = logits.shape
     check("logits", logits, (None, None), np.float32)
     check("token_ids", token_ids, (num_rows,), np.int32)
@@ -32,5 +36,8 @@ def sample(token_ids, logits, rows, vocab_size: int) -> None:
     )
     if num_rows == 0:
         return
-    args = (token_ids, logits, rows, np.int32(row_size), np.int32(vocab_size))
-    load_kernel(*KERNEL)((num_rows,), (NUM_THREADS,), args)
+    slices = row_slices(num_rows, vocab_size, workspace)
+    sizes = (np.int32(row_size), np.int32(vocab_size), slices.slices_per_part)
+    args = (token_ids, logits, rows, workspace, slices.counters_start, *sizes)
+    for kernel in KERNELS:
+        load_kernel(*kernel)(slices.grid, (NUM_THREADS,), args)

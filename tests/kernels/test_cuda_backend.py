@@ -234,6 +234,8 @@ def draw_edited(backend) -> list:
     sequences = sorted((request.sequences[0] for request in requests), key=Sampler.sort_key)
     for row, seq in enumerate(sequences):
         seq.row = row
+    model = replace(Checkpoint(GOLDEN / "llama").config, vocab_size=vocab_size)
+    backend.reserve(model, max_num_tokens=9, max_num_seqs=9, max_model_len=100)
     sampler = Sampler(backend, vocab_size=vocab_size, max_num_seqs=9)
     logits = backend.empty((len(sequences), vocab_size + 24), np.float32)
     drawn = []
@@ -258,7 +260,10 @@ def test_edited_requests_draw_what_the_reference_draws(host_build, monkeypatch, 
         assert np.array_equal(logprobs.token_ids, expected.token_ids)
         assert np.array_equal(logprobs.ranks, expected.ranks)
         np.testing.assert_allclose(logprobs.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
-    assert {name.split("<")[0] for _, name in loaded} == {"sample", "logprobs", "edit_logits", "keep_allowed"}
+    assert {name.split("<")[0] for _, name in loaded} == {
+        "sample_likeliest", "sample_weighed", "sample_top_p", "logprobs_likeliest", "logprobs", "edit_logits",
+        "keep_allowed",
+    }  # fmt: skip
     assert loaded <= set(needed_kernels(BFLOAT16, 64, sm90=False))
 
 
@@ -442,7 +447,7 @@ def test_upload_batch(backend):
         backend.upload_batch(random_batch(rng, 0, [64] * 8, 40))
 
 
-@pytest.mark.parametrize("name", ["_decode_workspace", "_linear_workspace"])
+@pytest.mark.parametrize("name", ["_decode_workspace", "_linear_workspace", "_rows_workspace"])
 def test_workspaces_start_as_zeros_and_go(backend, name):
     backend.reserve(Checkpoint(GOLDEN / "llama").config, max_num_tokens=64, max_num_seqs=8, max_model_len=100)
     assert not backend.to_host(getattr(backend, name)).any()

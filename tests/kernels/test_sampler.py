@@ -6,7 +6,9 @@ from sampling_tools import EXACT_TEMPERATURE, draw_limit, make_rows, random_logi
 
 from cupaged.backends import sampling_reference
 from cupaged.backends.base import SAMPLING_ROW
-from cupaged.kernels.sampler import NUM_THREADS, sample
+from cupaged.kernels import row_slices
+from cupaged.kernels.row_slices import LIST_SIZE, NUM_THREADS, SLICE_SIZE, row_workspace_size
+from cupaged.kernels.sampler import sample
 from kernel_tools import poisoned
 
 INF, NAN = np.inf, np.nan
@@ -21,11 +23,13 @@ FILTERS = [
 ]
 
 
-def run(runner, logits: np.ndarray, rows: np.ndarray, vocab_size: int) -> list[int]:
-    """The tokens that the kernel draws."""
+def run(runner, logits: np.ndarray, rows: np.ndarray, vocab_size: int, workspace=None) -> list[int]:
+    """The tokens that the kernels draw."""
     token_ids = runner.array(np.full(len(rows), -7, np.int32))
     device_rows = runner.array(rows.view(np.uint8)).view(SAMPLING_ROW)  # CuPy can't upload a struct as it is
-    sample(token_ids, runner.array(logits), device_rows, vocab_size)
+    if workspace is None:
+        workspace = runner.zeros((row_workspace_size(len(rows), vocab_size),), np.uint8)
+    sample(token_ids, runner.array(logits), device_rows, vocab_size, workspace)
     return runner.host(token_ids).tolist()
 
 
@@ -44,7 +48,7 @@ def filtered_rows(n: int, seed: int) -> np.ndarray:
     return make_rows(n, seed=random64[0], counter=random64[1], **values)
 
 
-@pytest.mark.parametrize("vocab_size", [1, 2, 31, 32, 33, 1000, NUM_THREADS, NUM_THREADS + 1, 5000])
+@pytest.mark.parametrize("vocab_size", [1, 2, 31, 32, 33, 1000, SLICE_SIZE, SLICE_SIZE + 1, 9001])
 def test_draws_what_the_reference_draws(runner, vocab_size):
     num_rows = len(FILTERS)
     logits = np.stack([random_logits(seed, vocab_size) for seed in range(num_rows)])
@@ -55,13 +59,42 @@ def test_draws_what_the_reference_draws(runner, vocab_size):
 
 
 def test_a_large_vocabulary(runner):
-    """Two rounds of the search by id, and bins whose sums pass 32 bits."""
+    """Lists of a few tokens, of many, and rows whose ties don't fit into one."""
     vocab_size = 70_001
     rng = np.random.default_rng(3)
-    logits = rng.normal(0, [[0.5], [3], [0]], (3, vocab_size)).astype(np.float32)  # the last row is one large tie
-    rows = make_rows(3, seed=5, top_p=[0.9, 0.95, 0.5], top_k=[0, 3000, 100])
+    spread = [0.5, 0.5, 3, 3, 0.5, 0, 0]  # the last rows are one large tie
+    logits = (rng.normal(0, 1, (len(spread), vocab_size)) * np.array(spread)[:, None]).astype(np.float32)
+    top_k = [0, 0, 40, 0, 500, 100, 0]
+    top_p = [0.9, 1, 0.95, 0.95, 0.5, 0.5, 0.3]
+    assert 500 < LIST_SIZE < vocab_size
+    rows = make_rows(len(spread), seed=5, top_p=top_p, top_k=top_k)
     tokens = run(runner, logits, rows, vocab_size)
     assert tokens == reference(logits, rows, vocab_size)
+
+
+@pytest.mark.parametrize("target", [1, 2 * len(FILTERS)])
+def test_thread_blocks_that_take_several_slices_draw_the_same(runner, monkeypatch, target):
+    """All of a row's three slices by one thread block, or by two."""
+    monkeypatch.setattr(row_slices, "TARGET_THREAD_BLOCKS", target)
+    test_draws_what_the_reference_draws(runner, 2 * SLICE_SIZE + 1)
+
+
+def test_a_workspace_serves_launches_of_all_sizes(runner):
+    workspace = runner.zeros((row_workspace_size(len(FILTERS), 9001),), np.uint8)
+    for num_rows, vocab_size in [(len(FILTERS), 777), (3, 9001), (len(FILTERS), 9001), (len(FILTERS), 40)]:
+        logits = np.stack([random_logits(seed, vocab_size) for seed in range(num_rows)])
+        rows = filtered_rows(num_rows, seed=num_rows)
+        assert run(runner, logits, rows, vocab_size, workspace) == reference(logits, rows, vocab_size)
+
+
+def test_k_goes_from_few_groups_to_more_than_there_are(runner):
+    """A slice has a group for each thread at most. In half of the rows few tokens are finite."""
+    top_k = [1, 5, NUM_THREADS // 2, NUM_THREADS // 2 + 1, NUM_THREADS, NUM_THREADS + 1, 1000, SLICE_SIZE - 1]
+    num_rows = 2 * len(top_k)
+    logits = np.stack([random_logits(seed, SLICE_SIZE) for seed in range(num_rows)])
+    logits[::2, np.arange(SLICE_SIZE) % 100 != 7] = -INF
+    rows = make_rows(num_rows, seed=np.arange(num_rows), temperature=50, top_k=np.repeat(top_k, 2))
+    assert run(runner, logits, rows, SLICE_SIZE) == reference(logits, rows, SLICE_SIZE)
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.5, "top_k": 5, "top_p": 0.9}])
@@ -83,14 +116,16 @@ def test_top_p_is_exact_to_the_unit(runner):
         assert set(run(runner, np.tile(logits, (100, 1)), rows, logits.size)) == set(range(num_kept))
 
 
-@pytest.mark.parametrize("spread", [1, 40])
-def test_a_draw_on_the_limit_belongs_to_the_next_token(runner, spread):
-    """Side by side, and with `spread` ids from one token to the next, so that warps part at the limit."""
+@pytest.mark.parametrize(("spread", "top_k"), [(1, 0), (40, 0), (40, 100)])
+def test_a_draw_on_the_limit_belongs_to_the_next_token(runner, spread, top_k):
+    """Side by side, and with `spread` ids from one token to the next, so that warps part at the limit; and where they
+    are the few tokens that top_k leaves."""
     for counter in range(5):
         logits, token = draw_limit(sampling_reference.philox_u64(1, counter))
         spaced = np.full((1, logits.size * spread), -INF, np.float32)
         spaced[0, ::spread] = logits
-        rows = make_rows(temperature=EXACT_TEMPERATURE, seed=1, counter=counter)
+        assert logits.size < 100
+        rows = make_rows(temperature=EXACT_TEMPERATURE, seed=1, counter=counter, top_k=top_k)
         assert run(runner, spaced, rows, spaced.size) == [token * spread]
 
 
@@ -177,12 +212,13 @@ def test_no_rows_launch_nothing(runner):
         ({"rows": np.zeros(2, np.float32)}, "rows"),
         ({"vocab_size": 6}, "vocab_size"),
         ({"vocab_size": 0}, "vocab_size"),
+        ({"workspace": np.zeros(row_workspace_size(1, 5), np.uint8)}, "workspace"),
     ],
 )
 def test_bad_arguments_are_named(broken, named):
     arguments = {
         "token_ids": poisoned(2, np.int32), "logits": np.zeros((2, 5), np.float32), "rows": make_rows(2),
-        "vocab_size": 5,
+        "vocab_size": 5, "workspace": np.zeros(row_workspace_size(2, 5), np.uint8),
     } | broken  # fmt: skip
     with pytest.raises(ValueError, match=f"^{named}:"):
         sample(**arguments)
