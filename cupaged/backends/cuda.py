@@ -291,6 +291,14 @@ class PinnedPool:
         return self._buffers[-1]
 
 
+class BatchPlaces(NamedTuple):
+    """Where the arrays of a batch lie, by their shapes alone."""
+
+    views: dict[str, Array]  # by name, on the device
+    buffer: Array  # uint8: all of them
+    words: list[slice]  # of int32, of each, in the buffer
+
+
 class CudaBackend:
     """Backend over cupy.ndarray; see cupaged.backends.base for what each operation computes.
 
@@ -315,6 +323,7 @@ class CudaBackend:
         self._fetches = PinnedPool(device)
         self._batch_staging: PinnedRing | None = None
         self._batch_buffer: Array | None = None  # uint8: all arrays of a batch
+        self._batch_places: Callable[..., BatchPlaces] | None = None
         self._decode_workspace: Array | None = None  # uint8: the partial results of split sequences
         self._prefill_workspace: Array | None = None  # uint8: the same, of prompts
         self._linear_workspace: Array | None = None  # uint8: the partial sums of split matrix products
@@ -403,6 +412,7 @@ class CudaBackend:
         by_token, by_sequence = 3 * [max_num_tokens], [max_num_seqs + 1, max_num_seqs, max_num_seqs]
         num_bytes = sum(_padded(4 * count) for count in (*by_token, *by_sequence, max_num_seqs * max_blocks))
         self._batch_buffer = self.empty((num_bytes,), np.uint8)
+        self._batch_places = functools.lru_cache(maxsize=256)(self._find_batch_places)  # views take CuPy microseconds
         self._batch_staging = PinnedRing(self._device, num_bytes)
 
     def _zeros(self, num_bytes: int) -> Array:
@@ -411,24 +421,31 @@ class CudaBackend:
         return zeros
 
     def upload_batch(self, batch: Batch) -> Batch:
-        parts, end = [], 0  # (name, array, where it begins in the buffer)
-        for name in BATCH_ARRAYS:
-            array = getattr(batch, name)
-            parts.append((name, array, end))
-            end += _padded(array.nbytes)
-        check_that(end <= self._batch_buffer.nbytes, "batch: larger than what was reserved")
+        arrays = [getattr(batch, name) for name in BATCH_ARRAYS]
+        places = self._batch_places(tuple([array.shape for array in arrays]))
 
         def fill(staged: np.ndarray) -> None:
-            for _, array, start in parts:
-                staged[start : start + array.nbytes].view(np.int32).reshape(array.shape)[...] = array
+            words = staged.view(np.int32)
+            for array, words_of_it in zip(arrays, places.words, strict=True):
+                words[words_of_it] = array.reshape(-1)
 
-        buffer = self._batch_buffer[:end]
-        self._batch_staging.copy(buffer, fill)
-        views = {
-            name: buffer[start : start + array.nbytes].view(np.int32).reshape(array.shape)
-            for name, array, start in parts
-        }
-        return dataclasses.replace(batch, **views)
+        self._batch_staging.copy(places.buffer, fill)
+        return Batch(
+            **places.views,
+            num_decodes=batch.num_decodes,
+            max_query_len=batch.max_query_len,
+            max_seq_len=batch.max_seq_len,
+        )
+
+    def _find_batch_places(self, shapes: tuple[tuple[int, ...], ...]) -> BatchPlaces:
+        views, words, end = {}, [], 0
+        for name, shape in zip(BATCH_ARRAYS, shapes, strict=True):
+            start, size = end, math.prod(shape)
+            end += ceil_div(size * 4, PART_ALIGNMENT) * PART_ALIGNMENT // 4
+            check_that(4 * end <= self._batch_buffer.nbytes, "batch: larger than what was reserved")
+            views[name] = self._batch_buffer[4 * start : 4 * (start + size)].view(np.int32).reshape(shape)
+            words.append(slice(start, start + size))
+        return BatchPlaces(views, self._batch_buffer[: 4 * end], words)
 
     def capture(self, function: Callable[[], object]) -> Callable[[], None]:
         return self._device.capture(function)
@@ -439,6 +456,7 @@ class CudaBackend:
                 ring.wait()
         self._copier.close()
         self._staging = self._small_staging = self._batch_staging = self._batch_buffer = self._fetches = None
+        self._batch_places = None
         self._decode_workspace = self._prefill_workspace = self._linear_workspace = self._rows_workspace = None
         self._layers = None
 

@@ -21,12 +21,13 @@ VECTOR_BYTES = 16  # the widest load and store
 
 def check(name: str, array, shape: tuple[int | None, ...], dtype) -> None:
     """Raise ValueError unless array has this shape (None: any size) and dtype and is C-contiguous."""
-    dtype = np.dtype(dtype)
-    shape_agrees = len(array.shape) == len(shape) and all(
-        want is None or have == want for have, want in zip(array.shape, shape, strict=True)
-    )
-    if shape_agrees and array.dtype == dtype and array.flags.c_contiguous:
+    actual = array.shape
+    agrees = actual == shape
+    if not agrees and None in shape and len(actual) == len(shape):
+        agrees = all([want is None or have == want for have, want in zip(actual, shape, strict=True)])
+    if agrees and array.dtype == dtype and array.flags.c_contiguous:
         return
+    dtype = np.dtype(dtype)
     wanted = "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
     layout = "" if array.flags.c_contiguous else ", not C-contiguous"
     raise ValueError(f"{name}: expected shape {wanted} {dtype}, C-contiguous; got {array.shape} {array.dtype}{layout}")

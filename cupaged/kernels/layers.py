@@ -112,11 +112,11 @@ class Layers:
     def _launch_prepared(self, launches: Sequence[Launch], own: Sequence[dict[int, ByLayer]]) -> None:
         prepared = []
         for (kernel, *what), by_layer in zip(launches, own, strict=True):
-            words, starts, call = kernel.prepare(*what)
-            changes = [(starts[i] + word, values) for i, arg in by_layer.items() for word, values in arg.words]
-            prepared.append((words, changes, call))
+            launch = kernel.prepare(*what)
+            changes = [(launch.starts[i] + word, values) for i, arg in by_layer.items() for word, values in arg.words]
+            prepared.append((launch, launch.words, changes, launch.call))
         for layer in range(1, len(self.weights)):
-            for words, changes, call in prepared:
+            for _, words, changes, call in prepared:
                 for word, values in changes:
                     words[word] = values[layer]
                 if status := call():

@@ -1,6 +1,7 @@
 """What launchers of loaded kernels hand over to the driver."""
 
 import ctypes
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +26,7 @@ def driver(monkeypatch):
 
     def launch_kernel(config, function, parameters, extra):
         uint, pointer = ctypes.c_uint, ctypes.c_void_p
-        config = ctypes.addressof(config._obj)
+        config, pointers = config.value, (pointer * len(sizes)).from_address(parameters.value)
         attributes, num_attributes = read(config, 40, pointer), read(config, 48, uint)
         calls.append(
             SimpleNamespace(
@@ -36,7 +37,7 @@ def driver(monkeypatch):
                 attributes=[(read(attributes, 72 * i, uint), read(attributes, 72 * i + 8, ctypes.c_int))
                             for i in range(num_attributes)],
                 function=function.value,
-                parameters=[ctypes.string_at(parameters[i], size) for i, size in enumerate(sizes)],
+                parameters=[ctypes.string_at(pointers[i], size) for i, size in enumerate(sizes)],
                 extra=extra,
             )
         )  # fmt: skip
@@ -132,6 +133,25 @@ def test_a_prepared_launch_takes_what_its_words_hold_when_it_is_called(driver):
     assert calls[0].parameters == [np.int32(9).tobytes(), kv.tobytes(), np.uint64(1 << 40).tobytes()]
     assert calls[1].parameters == [value.tobytes() for value in values]
     assert vars(calls[0]) | {"parameters": None} == vars(calls[1]) | {"parameters": None}
+
+
+def test_a_call_leaves_prepared_launches_and_other_threads_alone(driver):
+    calls, sizes = driver
+    sizes += [4, 8]
+    kernel = KernelLauncher(raw_kernel(1), overlaps=False)
+    first, second = (kernel.prepare((i,), (32,), (np.int32(i), NULL)) for i in (1, 2))
+    kernel((3,), (32,), (np.int32(3), SimpleNamespace(data=SimpleNamespace(ptr=4))))
+    kernel((4,), (32,), (np.int32(4), NULL))
+    thread = threading.Thread(target=kernel, args=((5,), (32,), (np.int32(5), NULL)))
+    thread.start()
+    thread.join()
+    first.call()
+    second.call()
+    order = [3, 4, 5, 1, 2]
+    assert [call.grid[0] for call in calls] == order
+    assert [call.parameters for call in calls] == [
+        [np.int32(i).tobytes(), np.uint64(4 if i == 3 else 0).tobytes()] for i in order
+    ]
 
 
 def test_a_launch_that_the_driver_refuses_is_an_error(driver, monkeypatch):

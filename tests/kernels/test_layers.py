@@ -31,13 +31,31 @@ class Driver:
 
     def __init__(self):
         self.launches = []
+        self.num_arguments = {}  # by function
 
     def cuLaunchKernelEx(self, config, function, parameters, extra):
-        addresses = list(parameters)
+        count = self.num_arguments[function.value]
+        addresses = list((ctypes.c_uint64 * count).from_address(parameters.value))
         ends = [*addresses[1:], addresses[-1] + 8]  # arguments lie one after another; of the last, eight bytes
         arguments = [ctypes.string_at(start, end - start) for start, end in zip(addresses, ends, strict=True)]
-        self.launches.append((function.value, bytes(config._obj), arguments))
+        self.launches.append((function.value, ctypes.string_at(config.value, 56), arguments))
         return 0
+
+
+class Launcher(KernelLauncher):
+    """Tells the driver how many arguments there are."""
+
+    def __init__(self, driver, raw_kernel, *, overlaps):
+        super().__init__(raw_kernel, overlaps=overlaps)
+        self._driver = driver
+
+    def prepare(self, grid, block, args, shared_mem=0):
+        self._driver.num_arguments[self._raw_kernel.kernel.ptr] = len(args)
+        return super().prepare(grid, block, args, shared_mem)
+
+    def __call__(self, grid, block, args, shared_mem=0):
+        self._driver.num_arguments[self._raw_kernel.kernel.ptr] = len(args)
+        super().__call__(grid, block, args, shared_mem)
 
 
 class Function:
@@ -54,7 +72,7 @@ def driver(monkeypatch):
     def load(file, name):
         if (file, name) not in kernels:
             raw_kernel = SimpleNamespace(kernel=Function(1 + len(kernels)))
-            kernels[file, name] = KernelLauncher(raw_kernel, overlaps="small" in file)
+            kernels[file, name] = Launcher(driver, raw_kernel, overlaps="small" in file)
         return kernels[file, name]
 
     monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda: SimpleNamespace(ptr=77))
