@@ -17,7 +17,7 @@ from cupaged.errors import CheckpointError
 from cupaged.models.parameters import DecoderWeights, LayerWeights
 from cupaged.weights.safetensors_file import row_chunks
 
-INTERLEAVED_ELEMENTS = 1 << 22  # at a time; few enough to stay in the processor's last cache until they are copied
+INTERLEAVED_ELEMENTS = 1 << 23  # at a time; few enough to stay in the processor's last cache until they are copied
 RANDOM_PERIOD = (1 << 22) - 3  # prime, so that rows of no matrix coincide
 MAX_NAMES = 4  # of each kind of trouble that an error line spells out
 # Buffers that old versions of transformers saved; they are computed from the config.

@@ -8,6 +8,8 @@ import dataclasses
 import functools
 import math
 import os
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -44,11 +46,11 @@ from cupaged.kernels.tuning import linear_sm90_fills
 from cupaged.memory.arena import KVArena
 from cupaged.memory.budget import format_bytes
 
-STAGING_BYTES = 8 << 20  # of each pinned buffer: one fills while the other is copied
+STAGING_BYTES = 32 << 20  # of each pinned buffer: one fills while the other is copied
 # Copies that are no larger have buffers of their own. They come between the launches of steps, and the device reads one
 # when it has done the steps before: with as many of them it doesn't keep the host waiting.
-SMALL_BYTES = 16 << 10
-NUM_SMALL = 64
+SMALL_BYTES = 64 << 10
+NUM_SMALL = 32
 MIN_FETCH_BYTES = 4096  # of a pinned buffer for what comes back
 PART_ALIGNMENT = 16  # bytes; where the arrays of a batch begin in their common buffer, for vector loads
 
@@ -64,6 +66,7 @@ ERROR_INSUFFICIENT_DRIVER = 35  # also when there is no driver at all
 ERROR_NO_DEVICE = 100
 
 
+DRIVER_LIBRARY = "libcuda.so.1"
 NO_DRIVER = "no NVIDIA driver is installed"
 
 
@@ -80,7 +83,7 @@ def probe() -> Probe:
     if not _driver_is_there():
         return Probe(False, NO_DRIVER)  # without the time that it takes to import CuPy
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _driver_starts_meanwhile():
             warnings.simplefilter("ignore")  # CuPy's remarks on CUDA libraries that nothing here needs
             import cupy
     except ImportError as error:
@@ -106,10 +109,32 @@ def probe() -> Probe:
 
 def _driver_is_there() -> bool:
     try:
-        ctypes.CDLL("libcuda.so.1")
+        ctypes.CDLL(DRIVER_LIBRARY)
     except OSError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def _driver_starts_meanwhile() -> Iterator[None]:
+    """While this lasts, a thread opens the driver and makes the first device's context: 0.2 s, in which Python can
+    import CuPy. What goes wrong goes wrong again in CuPy's first call, which has the words for it."""
+
+    def start() -> None:
+        with contextlib.suppress(OSError):
+            library = ctypes.CDLL(DRIVER_LIBRARY)
+            if library.cuInit(0) == 0:
+                library.cuDevicePrimaryCtxRetain(ctypes.byref(ctypes.c_void_p()), 0)
+
+    if "cupy" in sys.modules:  # whose current device may be another one
+        yield
+        return
+    thread = threading.Thread(target=start)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def _insufficient_driver(version: int) -> str:
@@ -317,7 +342,7 @@ class CudaBackend:
             raise ValueError(f"dtype: device 'cuda' computes in bfloat16 or float16; got {self.dtype}")
         self.description = device.description
         self._device = device
-        self._staging = PinnedRing(device, STAGING_BYTES)
+        self._staging: PinnedRing | None = None  # page-locking takes 0.5 ms a MB: with the first large copy
         self._small_staging = PinnedRing(device, SMALL_BYTES, NUM_SMALL)
         self._copier = HostCopier()
         self._fetches = PinnedPool(device)
@@ -366,6 +391,8 @@ class CudaBackend:
                     dst, lambda staged: np.copyto(staged.view(dst.dtype).reshape(dst.shape), src, casting="unsafe")
                 )
             return
+        if self._staging is None:
+            self._staging = PinnedRing(self._device, STAGING_BYTES)
         dst, src = dst.reshape(-1), src.reshape(-1)
         step = self._staging.num_bytes // dst.dtype.itemsize
         for start in range(0, dst.size, step):

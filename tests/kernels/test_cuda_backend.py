@@ -649,6 +649,35 @@ def test_a_gpu_that_gives_no_context(monkeypatch):
     assert probe() == (False, "CUDA does not start: cudaError 46")
 
 
+@pytest.mark.parametrize("status", [0, 100, None])
+def test_the_driver_starts_while_cupy_is_imported(monkeypatch, status):
+    calls = []
+
+    class Library:
+        def __init__(self, name):
+            if status is None:
+                raise OSError("no such library")
+            assert name == "libcuda.so.1"
+
+        def cuInit(self, flags):
+            calls.append("cuInit")
+            return status
+
+        def cuDevicePrimaryCtxRetain(self, context, device):
+            calls.append(f"context of device {device}")
+            return 0
+
+    monkeypatch.setattr(cuda.ctypes, "CDLL", Library)
+    fake_cupy(monkeypatch)
+    with cuda._driver_starts_meanwhile():
+        pass
+    assert not calls  # CuPy is there: the program may have chosen another device
+    monkeypatch.delitem(sys.modules, "cupy")
+    with pytest.raises(ImportError), cuda._driver_starts_meanwhile():
+        raise ImportError
+    assert calls == {0: ["cuInit", "context of device 0"], 100: ["cuInit"], None: []}[status]
+
+
 def test_without_a_driver_cupy_is_not_imported(monkeypatch):
     monkeypatch.setattr(cuda, "_driver_is_there", lambda: False)
     monkeypatch.setitem(sys.modules, "cupy", None)
