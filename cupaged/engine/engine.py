@@ -738,21 +738,22 @@ class Engine:
         return [self._completion(seq) for seq in sequences]
 
     def _completion(self, seq: Sequence) -> CompletionOutput:
-        request, token_ids, text = seq.request, seq.token_ids, ""
+        request, token_ids, output_text = seq.request, seq.token_ids, seq.output_text
         num_tokens, is_running = len(token_ids), seq.state is not FINISHED
-        if (output_text := seq.output_text) is not None:
+        start, text = 0, ""
+        if output_text is not None:
             if is_running:
                 self._decode(seq, num_tokens)
-            text = output_text.text
-        start, first_char = 0, 0
+            text = output_text.after(seq.num_sent_chars) if request.tells_news_only else output_text.text
         if request.tells_news_only:
-            start, first_char = seq.num_sent_tokens, seq.num_sent_chars
-            seq.num_sent_tokens, seq.num_sent_chars = num_tokens - seq.num_prompt_tokens, len(text)
+            start, seq.num_sent_tokens = seq.num_sent_tokens, num_tokens - seq.num_prompt_tokens
+            if output_text is not None:
+                seq.num_sent_chars = output_text.length
         logprobs = seq.logprobs
         has_sum = logprobs is not None or (request.search is not None and not is_running)
         return CompletionOutput(
             seq.index,
-            text[first_char:],
+            text,
             token_ids[seq.num_prompt_tokens + start :],
             seq.cumulative_logprob if has_sum else None,
             logprobs[start:] if logprobs is not None else None,

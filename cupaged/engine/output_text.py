@@ -31,7 +31,8 @@ class OutputText:
     def __init__(
         self, decoder: TextDecoder, stop: tuple[str, ...] = (), include_stop: bool = False, min_tokens: int = 0
     ):
-        self.text = ""
+        self.length = 0  # of the text, in characters
+        self._pieces: list[str] = []  # which make the text: a token costs the same however long that is
         self._decoder = decoder
         self._stop = stop
         self._include_stop = include_stop
@@ -39,30 +40,50 @@ class OutputText:
         self._num_tokens = 0
         self._held = ""  # the longest end of what was decoded that may become a stop string
 
+    @property
+    def text(self) -> str:
+        if len(self._pieces) > 1:
+            self._pieces = ["".join(self._pieces)]
+        return self._pieces[0] if self._pieces else ""
+
+    def after(self, start: int) -> str:
+        """text[start:], at the cost of that part."""
+        missing, pieces = self.length - start, self._pieces
+        if missing <= 0:
+            return ""
+        first = len(pieces) - 1
+        while len(pieces[first]) < missing:
+            missing -= len(pieces[first])
+            first -= 1
+        found = pieces[first][-missing:]
+        return found if first == len(pieces) - 1 else found + "".join(pieces[first + 1 :])
+
     def copy(self) -> OutputText:
         """Another one that goes on from here."""
         other = copy(self)
+        other._pieces = [self.text]
         other._decoder = self._decoder.copy()
         return other
 
     def push(self, token_id: int) -> str | None:
         """Add a token; returns the stop string that it completes, if any, after which nothing may be added."""
-        if not self._stop:
-            self.text += self._decoder.push(token_id)
-            return None
         self._num_tokens += 1
         return self._add(self._decoder.push(token_id))
 
     def flush(self) -> str | None:
         """Settle everything, since no token follows; returns a stop string that shows up in the last bytes."""
         found = self._add(self._decoder.flush())
-        self.text += self._held
+        self._settle(self._held)
         self._held = ""
         return found
 
+    def _settle(self, piece: str) -> None:
+        self._pieces.append(piece)
+        self.length += len(piece)
+
     def _add(self, piece: str) -> str | None:
         if not self._stop:
-            self.text += piece
+            self._settle(piece)
             return None
         text = self._held + piece
         matches = []
@@ -74,11 +95,11 @@ class OutputText:
                     matches.append((start + len(s), start, s))
         if matches:
             end, start, found = min(matches)
-            self.text += text[:end] if self._include_stop else text[:start]
+            self._settle(text[:end] if self._include_stop else text[:start])
             self._held = ""
             return found
         held = self._longest_beginning_at_end(text)
-        self.text += text[: len(text) - held]
+        self._settle(text[: len(text) - held])
         self._held = text[len(text) - held :]
         return None
 

@@ -55,6 +55,21 @@ def splits(text):
         yield [*pieces, text[start:]]
 
 
+@given(st.lists(st.text("ab", max_size=3), max_size=8), st.sampled_from([(), ("ba",)]), st.data())
+def test_the_text_after_a_place_is_its_end(pieces, stop, data):
+    output = OutputText(PieceDecoder(pieces, last="c"), stop)
+    for token_id in range(len(pieces)):
+        if output.push(token_id) is not None:
+            break
+        start = data.draw(st.integers(0, output.length + 1))
+        end = output.after(start)  # of pieces, or, where that is drawn, of a text that was asked for before
+        if data.draw(st.booleans()):
+            assert end == output.text[start:]
+            assert len(output.text) == output.length
+    output.flush()
+    assert [output.after(start) for start in range(9)] == [output.text[start:] for start in range(9)]
+
+
 @pytest.mark.parametrize("include_stop", [False, True])
 @pytest.mark.parametrize(
     ("text", "stop"),
