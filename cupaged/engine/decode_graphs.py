@@ -65,18 +65,20 @@ class DecodeGraphs:
         block_tables = np.full((size, max_blocks), NULL_BLOCK, np.int32)
         block_tables[:n, :num_blocks] = batch.block_tables
         starts = np.arange(size + 1, dtype=np.int32)
-
-        def padded(array: np.ndarray, value: int) -> np.ndarray:
-            return np.concatenate((array, np.full(size - n, value, np.int32)))
-
+        token_ids, positions, slot_mapping, seq_lens, logits_indices = padded = np.zeros((5, size), np.int32)
+        slot_mapping[n:] = -1
+        logits_indices[n:] = starts[n:size]
+        arrays = (batch.token_ids, batch.positions, batch.slot_mapping, batch.seq_lens, batch.logits_indices)
+        for array, values in zip(padded, arrays, strict=True):
+            array[:n] = values
         return Batch(
-            token_ids=padded(batch.token_ids, 0),
-            positions=padded(batch.positions, 0),
-            slot_mapping=padded(batch.slot_mapping, -1),
+            token_ids=token_ids,
+            positions=positions,
+            slot_mapping=slot_mapping,
             query_start_loc=starts,
-            seq_lens=padded(batch.seq_lens, 0),
+            seq_lens=seq_lens,
             block_tables=block_tables,
-            logits_indices=np.concatenate((batch.logits_indices, starts[n:size])),
+            logits_indices=logits_indices,
             num_decodes=size,
             max_query_len=0,
             max_seq_len=max_seq_len,

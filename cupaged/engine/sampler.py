@@ -40,6 +40,7 @@ class Sampler:
         self._max_num_seqs = max_num_seqs
         self._host_rows = np.zeros(max_num_seqs, SAMPLING_ROW)  # by Sequence.row; counters are filled in each step
         self._row_owners: list[Sequence | None] = [None] * max_num_seqs
+        self._uploaded_rows: bytes | None = None  # what self._rows begins with
 
         max_columns = 1 + MAX_TOP_TOKENS
         self._rows = backend.empty((max_num_seqs,), SAMPLING_ROW)
@@ -64,12 +65,17 @@ class Sampler:
         """
         num_rows = len(sequences)
         rows, token_ids = self._rows[:num_rows], self.token_ids[:num_rows]
-        self._backend.copy_in(rows, self._sampling_rows(sequences))
+        self._upload_rows(rows, sequences)
 
-        first_edited = bisect_left(sequences, 1, key=self.sort_key)
-        end = bisect_left(sequences, 2, key=self.sort_key)
-        self._edit(logits[first_edited:end], sequences[first_edited:end])
-        self._backend.sample(token_ids[:end], logits[:end], rows[:end], self.vocab_size)
+        end = num_rows
+        if sequences and sequences[-1].logit_edits is not None:
+            first_edited = bisect_left(sequences, 1, key=self.sort_key)
+            end = bisect_left(sequences, 2, key=self.sort_key)
+            self._edit(logits[first_edited:end], sequences[first_edited:end])
+        if end == num_rows:  # views take CuPy microseconds
+            self._backend.sample(token_ids, logits, rows, self.vocab_size)
+        else:
+            self._backend.sample(token_ids[:end], logits[:end], rows[:end], self.vocab_size)
         while end < num_rows:
             begin, end = end, min(end + self._max_copies(logits), num_rows)
             copies = self._copies[: end - begin]
@@ -90,14 +96,20 @@ class Sampler:
             return 0
         return 1 if seq.request.num_logprobs is None else 2
 
-    def _sampling_rows(self, sequences: list[Sequence]) -> np.ndarray:
+    def _upload_rows(self, rows: Array, sequences: list[Sequence]) -> None:
+        """Unless they are there from the step before: greedy rows don't change."""
         for seq in sequences:
             if self._row_owners[seq.row] is not seq:
                 self._row_owners[seq.row] = seq
                 self._host_rows[seq.row] = _sampling_row(seq)
-        rows = self._host_rows[[seq.row for seq in sequences]]
-        rows["counter"] = [len(seq.token_ids) - seq.num_prompt_tokens for seq in sequences]
-        return rows
+        host_rows = self._host_rows[[seq.row for seq in sequences]]
+        num_drawn = np.array([len(seq.token_ids) - seq.num_prompt_tokens for seq in sequences])
+        host_rows["counter"] = np.where(host_rows["temperature"] > 0, num_drawn, 0)
+        content = host_rows.tobytes()
+        if content != self._uploaded_rows:
+            self._uploaded_rows = None  # should the copy fail
+            self._backend.copy_in(rows, host_rows)
+            self._uploaded_rows = content
 
     def _max_copies(self, logits: Array) -> int:
         """How many rows may be copied at a time."""
