@@ -13,6 +13,7 @@ each is the mean of a round of STEPS steps, in which each sequence takes new blo
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import random
@@ -40,10 +41,11 @@ from cupaged.weights.packing import random_weights
 
 BATCHES = (16, 64, 256, 1024)
 POOL_SIZES = (1_000, 10_000, 100_000)
-STEPS = 64
+STEPS = 32
 ROUNDS = 5
 PROMPT_LEN = 128
 MAX_MODEL_LEN = PROMPT_LEN + (ROUNDS + 1) * STEPS + 64
+MAX_NUM_TOKENS = 16384  # a step: the prompts are in after a few
 VOCAB_SIZE = 8192
 
 MODEL = ModelConfig(
@@ -96,13 +98,16 @@ def new_engine(num_seqs: int) -> Engine:
     set_loader(lambda file, name: lambda grid, block, args, shared_mem=0: None)
     cuda.load_kernels = lambda kernels: None
     backend = CudaBackend(IdleDevice(), ml_dtypes.bfloat16)
-    backend.reserve(MODEL, 2048, num_seqs, MAX_MODEL_LEN)
+    backend.reserve(MODEL, MAX_NUM_TOKENS, num_seqs, MAX_MODEL_LEN)
     decoder = Decoder(
         MODEL, random_weights(MODEL, backend), backend,
-        max_num_tokens=2048, max_num_logits=num_seqs, max_model_len=MAX_MODEL_LEN,
+        max_num_tokens=MAX_NUM_TOKENS, max_num_logits=num_seqs, max_model_len=MAX_MODEL_LEN,
     )  # fmt: skip
     config = EngineConfig(
-        max_num_seqs=num_seqs, max_num_batched_tokens=2048, max_model_len=MAX_MODEL_LEN, kv_cache_memory_bytes=4 << 30
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=MAX_NUM_TOKENS,
+        max_model_len=MAX_MODEL_LEN,
+        kv_cache_memory_bytes=4 << 30,
     )
     return Engine(config, MODEL, decoder, backend, new_tokenizer())
 
@@ -136,6 +141,8 @@ def step_ms(num_seqs: int, kind: RequestOutputKind) -> float:
         engine.add_request(str(i), rng.choices(range(1, VOCAB_SIZE), k=prompt_len), params)
     while engine.scheduler.waiting or engine.last_step.num_decodes < num_seqs:
         engine.step()
+    gc.collect()
+    gc.freeze()  # as `cupaged bench` does, and who streams to many should
     rounds = [mean_ms(lambda _: engine.step(), range(STEPS)) for _ in range(ROUNDS)]
     assert engine.last_step.num_decodes == num_seqs
     engine.close()

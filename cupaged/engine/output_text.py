@@ -51,12 +51,13 @@ class OutputText:
         missing, pieces = self.length - start, self._pieces
         if missing <= 0:
             return ""
+        if len(pieces[-1]) == missing:  # as for each token
+            return pieces[-1]
         first = len(pieces) - 1
         while len(pieces[first]) < missing:
             missing -= len(pieces[first])
             first -= 1
-        found = pieces[first][-missing:]
-        return found if first == len(pieces) - 1 else found + "".join(pieces[first + 1 :])
+        return "".join([pieces[first][-missing:], *pieces[first + 1 :]])
 
     def copy(self) -> OutputText:
         """Another one that goes on from here."""
