@@ -102,12 +102,10 @@ class Runner:
         )
         self._pairs = backend.empty((max(max_num_seqs, MIN_PAIRS), 2), np.int32)
         self._sampler = Sampler(backend, vocab_size=vocab_size, max_num_seqs=max_num_seqs)
-        self._taking = _TakingDecoder(backend, decoder, self._sampler.token_ids)
         self._graphs: DecodeGraphs | None = None
         if backend.has_graphs and not enforce_eager:
-            self._graphs = DecodeGraphs(
-                backend, self._taking, arena, max_num_seqs=max_num_seqs, max_model_len=max_model_len
-            )
+            taking = _TakingDecoder(backend, decoder, self._sampler.token_ids)
+            self._graphs = DecodeGraphs(backend, taking, arena, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
         self._prompt_scorer = PromptScorer(backend, self._sampler, max_num_rows=max_num_seqs)
 
     def launch(self, schedule: Schedule) -> LaunchedStep:
@@ -131,7 +129,9 @@ class Runner:
         if self._graphs is not None:
             host_batch = self._graphs.pad(host_batch)
         batch = self.backend.upload_batch(host_batch)
-        return self._taking.forward(batch, self.arena) if self._graphs is None else self._graphs.forward(batch)
+        if self._graphs is not None:
+            return self._graphs.forward(batch)
+        return _TakingDecoder(self.backend, self.decoder, self._sampler.token_ids).forward(batch, self.arena)
 
     @property
     def num_graphs(self) -> int:
