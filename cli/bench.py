@@ -72,6 +72,13 @@ _ENGINE_LIMITS = [
     click.option(
         "--max-num-batched-tokens", type=_COUNT, default=2048, show_default=True, help="Most tokens of a step."
     ),
+    click.option(
+        "--long-prefill-token-threshold",
+        type=_COUNT,
+        default=256,
+        show_default=True,
+        help="Most of them of one prompt, while others decode.",
+    ),
 ]
 _WORKLOAD = [
     click.option(

@@ -85,6 +85,8 @@ class EngineConfig:
     max_model_len: the longest prompt + output; None means the model's own limit, lowered to what fits.
     max_num_seqs: the most sequences that run at once; no more than max_num_batched_tokens ever do.
     max_num_batched_tokens: tokens a step may compute, prompts and decodes together.
+    long_prefill_token_threshold: while other sequences decode, a step computes at most so many tokens of any one prompt:
+        fewer make a long prompt disturb the others less, and itself take longer.
     preallocate: take the whole KV cache at the start instead of growing slab by slab, and keep it.
     idle_trim_seconds: steps give back memory of the KV cache that was not in use for so long. It is taken again when it
         is needed, but what was cached in it is forgotten. None keeps it.
@@ -110,6 +112,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
+    long_prefill_token_threshold: int = 256
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None
     preallocate: bool = False
@@ -135,7 +138,7 @@ class EngineConfig:
         for name, values in choices.items():
             value = getattr(self, name)
             require(value in values, name, value, "one of " + ", ".join(map(str, values)))
-        for name in ("max_num_seqs", "max_num_batched_tokens"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "long_prefill_token_threshold"):
             value = getattr(self, name)
             require(is_int(value) and value >= 1, name, value, "an integer >= 1")
         length, cache = self.max_model_len, self.kv_cache_memory_bytes

@@ -74,6 +74,7 @@ class Engine:
             self.blocks,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            max_chunk=config.long_prefill_token_threshold,
             by_priority=config.scheduling_policy == "priority",
             swap=self.swap,
             always_swap=config.preemption_mode == "swap",

@@ -37,6 +37,8 @@ class Scheduler:
 
     - What runs comes first, each sequence with one token at least. What that leaves of the token budget goes to
       prompts, in chunks if need be, in the order of service. A prompt is admitted only while budget is left.
+    - While somebody decodes, a prompt that needs more takes max_chunk tokens of a step at most, so that one long prompt
+      doesn't hold up the streams. Several prompts may take as many each.
     - A prompt's blocks are taken at its admission, all or none (with a sliding window those that it holds at a time),
       and only if as many are left as sequences run, so that each can grow by one, and as a preempted group's sequences
       need again for their outputs: an admission that must be undone a few steps later helps nobody. A block for output
@@ -63,6 +65,7 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_chunk: int | None = None,
         by_priority: bool = False,
         watermark: int = 1,
         swap: SwapSpace | None = None,
@@ -72,6 +75,7 @@ class Scheduler:
         self.swap = swap
         self.always_swap = always_swap
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_chunk = max_chunk or max_num_batched_tokens
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # each running sequence gets a token a step
         self.by_priority = by_priority
         self.watermark = watermark  # blocks that an admission leaves free for each sequence that runs
@@ -150,7 +154,7 @@ class Scheduler:
                 spare += self._num_blocks_to_fork(request)
             if self.blocks.admit(leader, found, num_tokens, spare, budget):
                 self._admit_first()
-                num_tokens = min(num_tokens - leader.num_cached_tokens, budget)
+                num_tokens = self._chunk_of(min(num_tokens - leader.num_cached_tokens, budget))
                 self.blocks.expect(leader, num_tokens)
                 work.append((leader, num_tokens))
                 budget -= num_tokens
@@ -287,6 +291,8 @@ class Scheduler:
             num_tokens = request.num_wanted_tokens(seq) - seq.num_cached_tokens - waits
             if num_tokens > 1 + left:
                 num_tokens = 1 + left
+            if num_tokens > self.max_chunk and (request.search is None or request.is_forking):  # beams stay together
+                num_tokens = self._chunk_of(num_tokens)
             if num_tokens == 0 or len(seq.token_ids) == request.max_len:  # which the step in flight brings it to
                 continue
             if not self.blocks.allocate_slots(seq, num_tokens):
@@ -298,6 +304,15 @@ class Scheduler:
             work.append((seq, num_tokens))
             total += num_tokens
         return total
+
+    def _chunk_of(self, num_tokens: int) -> int:
+        """How many of the next `num_tokens` tokens of a prompt this step computes."""
+        if num_tokens <= self.max_chunk or not any(
+            seq.num_uncomputed_tokens == 1 for request in self.running if not request.is_forking
+            for seq in request.active
+        ):  # fmt: skip
+            return num_tokens
+        return self.max_chunk
 
     def _beams_wait(self, request: Request, limit: int) -> bool:
         """Whether each beam is to leave its last token uncomputed, because not all beams can reach it in this step."""

@@ -63,6 +63,31 @@ def test_a_long_prompt_goes_in_chunks_beside_the_decodes():
     assert step(s) == [("a", 1), ("b", 1), ("c", 1)]
 
 
+def test_a_prompt_takes_max_chunk_tokens_of_a_step_beside_a_decode_and_all_without():
+    s = make_scheduler(max_num_batched_tokens=20, max_chunk=3)
+    a = add(s, "a", 25)
+    assert step(s) == [("a", 20)]
+    assert step(s) == [("a", 5)]
+    add(s, "b", 8)
+    add(s, "c", 7)
+    add(s, "d", 2)
+    assert step(s) == [("a", 1), ("b", 3), ("c", 3), ("d", 2)]
+    assert step(s) == [("a", 1), ("d", 1), ("b", 3), ("c", 3)]
+    s.finish(a, "stop")
+    add(s, "e", 19)
+    assert step(s) == [("c", 1), ("d", 1), ("b", 2), ("e", 3)]
+    assert step(s) == [("b", 1), ("c", 1), ("d", 1), ("e", 3)]
+
+
+def test_max_chunk_counts_prompts_that_are_computed_again():
+    s = make_scheduler(max_num_batched_tokens=20, max_chunk=3)
+    add(s, "a", 4)
+    add(s, "b", 9)
+    step(s)
+    s.preempt(s.running[-1])
+    assert step(s) == [("a", 1), ("b", 3)]
+
+
 def test_no_more_than_max_num_seqs_run():
     s = make_scheduler(max_num_seqs=2)
     a, *_ = [add(s, name, 2) for name in "abc"]

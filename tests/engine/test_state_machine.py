@@ -43,6 +43,7 @@ class EngineWalk(RuleBasedStateMachine):
         num_blocks=st.integers(3, 16),
         max_num_seqs=st.integers(1, 6),
         max_num_batched_tokens=st.integers(1, 40),
+        long_prefill_token_threshold=st.sampled_from([40, 40, 1, 5]),
         preallocate=st.booleans(),
         enable_prefix_caching=st.sampled_from([True, True, False]),
         scheduling_policy=st.sampled_from(["fcfs", "priority"]),

@@ -186,7 +186,7 @@ def test_beam_searches_of_widths_2_to_8(way, new_engine, monkeypatch, preempt_ev
 
     found = {request_id: set() for request_id in requests}
     for request_id, alive, survivors, finished in steps:
-        prompt, params = requests[request_id]
+        params = requests[request_id][1]
         sums, tolerance = {}, 0.0
         for output in alive:
             so_far, error, after = logprobs_of(request_id, output)

@@ -1,0 +1,179 @@
+"""What paging is for, measured on the whole engine: outputs that share a prompt, beams, too little memory for all, and a
+long prompt beside running streams.
+
+    python benchmarks/paging.py -m benchmarks/configs/llama-3.1-8b.json --load-format dummy --json FILE [--only NAME ...]
+
+Prompts are random token ids, each run's others; EOS is ignored; sampling is at temperature 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+from engines import Report, add_model_arguments, engine_with
+
+from cupaged import LLM
+from cupaged.benchmark.figures import distribution
+from cupaged.benchmark.workload import FIRST_ID
+from cupaged.engine.engine import Engine
+from cupaged.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+
+PROMPT_LEN, OUTPUT_LEN = 512, 128
+WIDTH = 4
+MAX_MODEL_LEN = 32768
+RNG = np.random.default_rng(0)
+
+
+def prompt_of(engine: Engine, length: int) -> list[int]:
+    return RNG.integers(FIRST_ID, engine.model.vocab_size, length).tolist()
+
+
+def sampling(n: int = 1, max_tokens: int = OUTPUT_LEN, kind=RequestOutputKind.FINAL_ONLY) -> SamplingParams:
+    return SamplingParams(n=n, max_tokens=max_tokens, ignore_eos=True, detokenize=False, output_kind=kind)
+
+
+def seconds_for(engine: Engine, requests: list[tuple[list[int], SamplingParams | BeamSearchParams]]) -> float:
+    """All at once, to the last token; each must give all that it was asked for."""
+    num_left = 0
+    start = time.perf_counter()
+    for i, (prompt, params) in enumerate(requests):
+        engine.add_request(str(i), prompt, params)
+        num_left += params.max_tokens * getattr(params, "n", WIDTH)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            num_left -= sum(len(completion.token_ids) for completion in output.outputs)
+    assert num_left == 0
+    return time.perf_counter() - start
+
+
+def median_seconds(engine: Engine, make: Callable[[], list], repeats: int) -> float:
+    seconds_for(engine, make())  # compiles, captures, takes memory
+    return statistics.median(seconds_for(engine, make()) for _ in range(repeats))
+
+
+def samples(llm: LLM, repeats: int) -> dict:
+    """n = 32 outputs of one prompt beside 32 requests for one output each, of the same prompt."""
+    results = {}
+    for cached in (False, True):
+        for name, num_requests, n in (("n = 32", 1, 32), ("32 requests", 32, 1)):
+            with engine_with(llm, enable_prefix_caching=cached) as engine:
+                seconds = median_seconds(
+                    engine, lambda: [(prompt_of(engine, PROMPT_LEN), sampling(n))] * num_requests, repeats
+                )
+                results[f"{name}, prefix cache {'on' if cached else 'off'}"] = {
+                    "tokens_per_s": 32 * OUTPUT_LEN / seconds,
+                    "peak_blocks": engine.stats().peak_used_blocks,
+                }
+    return results
+
+
+def beams(llm: LLM, repeats: int) -> dict:
+    """Beam search beside sampling as many outputs of as many prompts."""
+    results = {}
+    with engine_with(llm) as engine:
+        for num_prompts in (1, 8):
+            search = BeamSearchParams(WIDTH, OUTPUT_LEN, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY)
+            rates = {}
+            for name, params in (("sampling", sampling(WIDTH)), ("beams", search)):
+                copies = engine.stats().num_copies
+                seconds = median_seconds(
+                    engine, lambda: [(prompt_of(engine, PROMPT_LEN), params) for _ in range(num_prompts)], repeats
+                )
+                rates[name] = WIDTH * OUTPUT_LEN * num_prompts / seconds
+                rates[f"{name}: copies a step"] = (engine.stats().num_copies - copies) / (1 + repeats) / OUTPUT_LEN
+            results[f"{num_prompts} prompts"] = {**rates, "share": rates["beams"] / rates["sampling"]}
+    return results
+
+
+def short_of_memory(llm: LLM, repeats: int, num_requests: int = 256, output_len: int = 256) -> dict:
+    """Throughput when the cache holds 40 % of what all requests fill together, in each mode of preemption."""
+
+    def run(**options) -> dict:
+        with engine_with(llm, max_model_len=PROMPT_LEN + output_len, **options) as engine:
+            seconds = median_seconds(
+                engine,
+                lambda: [
+                    (prompt_of(engine, PROMPT_LEN), sampling(max_tokens=output_len)) for _ in range(num_requests)
+                ],
+                repeats,
+            )
+            stats = engine.stats()
+            return {
+                "tokens_per_s": num_requests * output_len / seconds,
+                "peak_blocks": stats.peak_used_blocks,
+                "preemptions_per_run": stats.num_preemptions / (1 + repeats),
+                "swaps_per_run": stats.num_swaps / (1 + repeats),
+            }
+
+    results = {"all fit": run()}
+    demand = results["all fit"]["peak_blocks"] * llm.engine.arena.layout.bytes_per_block
+    for mode in ("auto", "recompute", "swap"):
+        row = run(kv_cache_memory_bytes=int(0.4 * demand), preemption_mode=mode, swap_space_bytes=8 << 30)
+        results[f"40 %, {mode}"] = {**row, "share": row["tokens_per_s"] / results["all fit"]["tokens_per_s"]}
+    return results
+
+
+def long_prompt(llm: LLM, repeats: int, thresholds: list[int], num_streams: int = 64, length: int = 30_000) -> dict:
+    """Milliseconds between two tokens of running streams: by themselves, and from the arrival of a long prompt to its
+    first token; with several long_prefill_token_thresholds."""
+    results = {}
+    with engine_with(llm) as engine:
+        for i in range(num_streams):
+            params = sampling(max_tokens=20_000, kind=RequestOutputKind.DELTA)
+            engine.add_request(str(i), prompt_of(engine, PROMPT_LEN), params)
+
+        def steps(until: Callable[[int, list], bool]) -> list[float]:
+            times, last = [], time.perf_counter()
+            while True:
+                outputs = engine.step()
+                now = time.perf_counter()
+                assert len(outputs) >= num_streams  # a token each
+                times.append((now - last) * 1e3)
+                last = now
+                if until(len(times), outputs):
+                    return times
+
+        while len(engine.step()) < num_streams:
+            pass
+        steps(lambda count, _: count == 60)
+        for threshold in thresholds:
+            engine.scheduler.max_chunk = threshold
+            alone = steps(lambda count, _: count == 200)
+            engine.add_request("long", prompt_of(engine, length), sampling(max_tokens=2, kind=RequestOutputKind.DELTA))
+            beside = steps(lambda _, outputs: any(output.request_id == "long" for output in outputs))
+            engine.abort("long")
+            steps(lambda count, _: count == 10)
+            results[str(threshold)] = {
+                "alone_ms": distribution(alone),
+                "beside_ms": distribution(beside),
+                "p99_ratio": np.percentile(beside, 99) / np.percentile(alone, 99),
+                "seconds_to_first_token": sum(beside) / 1e3,
+            }
+    return results
+
+
+EXPERIMENTS = {"samples": samples, "beams": beams, "short_of_memory": short_of_memory, "long_prompt": long_prompt}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--thresholds", type=int, nargs="+", default=[64, 128, 256, 2048])
+    arguments = parser.parse_args()
+    with LLM(
+        arguments.model, load_format=arguments.load_format, device=arguments.device, max_model_len=MAX_MODEL_LEN
+    ) as llm:
+        report = Report(llm, arguments)
+        for name in arguments.only:
+            options = {"thresholds": arguments.thresholds} if name == "long_prompt" else {}
+            report.add(name, EXPERIMENTS[name](llm, arguments.repeats, **options))
+
+
+if __name__ == "__main__":
+    main()
