@@ -1,7 +1,7 @@
-"""What paging is for, measured on the whole engine: outputs that share a prompt, beams, too little memory for all, and a
-long prompt beside running streams.
+"""What paging is for, measured on the whole engine: outputs that share a prompt, beams, too little memory for all, and
+a long prompt beside running streams.
 
-    python benchmarks/paging.py -m benchmarks/configs/llama-3.1-8b.json --load-format dummy --json FILE [--only NAME ...]
+    python benchmarks/paging.py -m benchmarks/configs/llama-3.1-8b.json --load-format dummy --json FILE [--only ...]
 
 Prompts are random token ids, each run's others; EOS is ignored; sampling is at temperature 1.
 """
@@ -50,9 +50,15 @@ def seconds_for(engine: Engine, requests: list[tuple[list[int], SamplingParams |
     return time.perf_counter() - start
 
 
-def median_seconds(engine: Engine, make: Callable[[], list], repeats: int) -> float:
-    seconds_for(engine, make())  # compiles, captures, takes memory
-    return statistics.median(seconds_for(engine, make()) for _ in range(repeats))
+def median_seconds(engine: Engine, repeats: int, params, *, num_requests: int, same_prompt: bool = False) -> float:
+    """Of requests that come together and want the same, for prompts that are each run's own."""
+
+    def run() -> float:
+        prompts = [prompt_of(engine, PROMPT_LEN) for _ in range(1 if same_prompt else num_requests)]
+        return seconds_for(engine, [(prompts[i % len(prompts)], params) for i in range(num_requests)])
+
+    run()  # compiles, captures, takes memory
+    return statistics.median(run() for _ in range(repeats))
 
 
 def samples(llm: LLM, repeats: int) -> dict:
@@ -61,9 +67,7 @@ def samples(llm: LLM, repeats: int) -> dict:
     for cached in (False, True):
         for name, num_requests, n in (("n = 32", 1, 32), ("32 requests", 32, 1)):
             with engine_with(llm, enable_prefix_caching=cached) as engine:
-                seconds = median_seconds(
-                    engine, lambda: [(prompt_of(engine, PROMPT_LEN), sampling(n))] * num_requests, repeats
-                )
+                seconds = median_seconds(engine, repeats, sampling(n), num_requests=num_requests, same_prompt=True)
                 results[f"{name}, prefix cache {'on' if cached else 'off'}"] = {
                     "tokens_per_s": 32 * OUTPUT_LEN / seconds,
                     "peak_blocks": engine.stats().peak_used_blocks,
@@ -80,9 +84,7 @@ def beams(llm: LLM, repeats: int) -> dict:
             rates = {}
             for name, params in (("sampling", sampling(WIDTH)), ("beams", search)):
                 copies = engine.stats().num_copies
-                seconds = median_seconds(
-                    engine, lambda: [(prompt_of(engine, PROMPT_LEN), params) for _ in range(num_prompts)], repeats
-                )
+                seconds = median_seconds(engine, repeats, params, num_requests=num_prompts)
                 rates[name] = WIDTH * OUTPUT_LEN * num_prompts / seconds
                 rates[f"{name}: copies a step"] = (engine.stats().num_copies - copies) / (1 + repeats) / OUTPUT_LEN
             results[f"{num_prompts} prompts"] = {**rates, "share": rates["beams"] / rates["sampling"]}
@@ -94,13 +96,8 @@ def short_of_memory(llm: LLM, repeats: int, num_requests: int = 256, output_len:
 
     def run(**options) -> dict:
         with engine_with(llm, max_model_len=PROMPT_LEN + output_len, **options) as engine:
-            seconds = median_seconds(
-                engine,
-                lambda: [
-                    (prompt_of(engine, PROMPT_LEN), sampling(max_tokens=output_len)) for _ in range(num_requests)
-                ],
-                repeats,
-            )
+            params = sampling(max_tokens=output_len)
+            seconds = median_seconds(engine, repeats, params, num_requests=num_requests)
             stats = engine.stats()
             return {
                 "tokens_per_s": num_requests * output_len / seconds,

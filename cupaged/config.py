@@ -85,8 +85,8 @@ class EngineConfig:
     max_model_len: the longest prompt + output; None means the model's own limit, lowered to what fits.
     max_num_seqs: the most sequences that run at once; no more than max_num_batched_tokens ever do.
     max_num_batched_tokens: tokens a step may compute, prompts and decodes together.
-    long_prefill_token_threshold: while other sequences decode, a step computes at most so many tokens of any one prompt:
-        fewer make a long prompt disturb the others less, and itself take longer.
+    long_prefill_token_threshold: while other sequences decode, a step computes at most so many tokens of any one
+        prompt: fewer make a long prompt disturb the others less, and itself take longer.
     preallocate: take the whole KV cache at the start instead of growing slab by slab, and keep it.
     idle_trim_seconds: steps give back memory of the KV cache that was not in use for so long. It is taken again when it
         is needed, but what was cached in it is forgotten. None keeps it.

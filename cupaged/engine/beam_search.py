@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections.abc import Collection
+from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
 from typing import NamedTuple
 
@@ -24,6 +25,26 @@ class Continuation(NamedTuple):
     text: OutputText | None = None  # the output's, when there are stop strings
     finish_reason: str | None = None  # None: it can go on
     stop_reason: int | str | None = None
+
+
+@dataclass
+class Choice:
+    """How a search goes on from one step: what BeamSearch.choose and place make of it.
+
+    token_ids, logprobs: what was chosen from, for each beam. is_launched: the beams' next tokens are computed already.
+    """
+
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    survivors: list[Continuation]
+    finished: list[Continuation]
+    placed: list[tuple[Sequence, Continuation]]
+    is_launched: bool = False
+
+    @property
+    def forks(self) -> list[tuple[Sequence, Sequence]]:
+        """(parent, child): the second goes on from where the first one stands."""
+        return [(candidate.beam, seq) for seq, candidate in self.placed if candidate.beam is not seq]
 
 
 class Hypothesis(NamedTuple):
@@ -54,9 +75,10 @@ class BeamSearch:
         self._length_penalty = params.length_penalty
         self._early_stopping = params.early_stopping
         self._max_num_tokens = max_num_tokens
+        self._all_stop_token_ids = self._eos_token_ids | self._stop_token_ids
         # Of one beam's continuations so many may be needed: beam_width that go on, or that end with a stop string,
         # behind those that end with a stop token.
-        wanted = params.beam_width * (2 if params.stop else 1) + len(self._eos_token_ids | self._stop_token_ids)
+        wanted = params.beam_width * (2 if params.stop else 1) + len(self._all_stop_token_ids)
         self.num_candidates = min(max(wanted, params.logprobs or 0), vocab_size)
 
     def choose(
@@ -72,6 +94,8 @@ class BeamSearch:
         heapify(heap)
         survivors: list[Continuation] = []
         finished: list[Continuation] = []
+        # What may end by more than its last token is looked at one by one.
+        may_end = beams[0].output_text is not None or beams[0].num_output_tokens + 1 == self._max_num_tokens
         place = 0
         while heap and len(survivors) < self.beam_width:
             cost, row, column = heap[0]
@@ -81,7 +105,10 @@ class BeamSearch:
                 heapreplace(heap, (-(sums[row] + logprobs[row][column + 1]), row, column + 1))
             else:
                 heappop(heap)
-            candidate = self._judge(Continuation(beams[row], token_ids[row][column], -cost, row, column))
+            token_id = token_ids[row][column]
+            candidate = Continuation(beams[row], token_id, -cost, row, column)
+            if may_end or token_id in self._all_stop_token_ids:
+                candidate = self._judge(candidate)
             if candidate.finish_reason is None:
                 survivors.append(candidate)
             elif place < self.beam_width:
@@ -152,6 +179,8 @@ class BeamSearch:
         beams that don't. If there are fewer survivors than sequences, the rest double the first one, with a
         probability of 0, so that nothing is ever chosen from them.
         """
+        if not survivors:
+            return []
         missing = self.beam_width - len(survivors)
         survivors = survivors + [survivors[0]._replace(cumulative_logprob=-math.inf)] * missing
         going_on = {candidate.beam for candidate in survivors}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from cupaged.engine.batch import Batch
 from cupaged.engine.block_pool import NULL_BLOCK, Block, BlockPool
 from cupaged.engine.prefix import PrefixHasher
 from cupaged.engine.sequence import Sequence
@@ -108,16 +109,23 @@ class BlockManager:
             table.extend(block_ids)
         return True
 
-    def fork(self, parent: Sequence, child: Sequence) -> None:
+    def fork(self, parent: Sequence, child: Sequence, *, is_launched: bool = False) -> None:
         """`child` gives up what it holds for all that `parent` has computed. Its tokens begin with those.
+
+        is_launched: the next token of each is being computed in a block of its own. child keeps that one, to which what
+        parent has computed of its own was copied.
 
         Only the blocks in which the two differ are touched. parent's table stays as it is.
         """
-        old, new = child.block_table, parent.block_table[: -(-parent.num_cached_tokens // self.block_size)]
+        end, kept = -(-parent.num_cached_tokens // self.block_size), []
+        if is_launched:
+            end = parent.num_cached_tokens // self.block_size
+            kept = child.block_table[end:]
+        old, new = child.block_table[: len(child.block_table) - len(kept)], parent.block_table[:end]
         num_common = _num_common(old, new)
         self.pool.share(new[num_common:])
         self.pool.free(reversed(old[num_common:]))
-        child.block_table = new
+        child.block_table = new + kept
         child.num_cached_tokens = parent.num_cached_tokens
         child.prefix = parent.prefix[: parent.num_cached_tokens // self.block_size]
         child.num_registered_blocks, child.link = parent.num_registered_blocks, parent.link
@@ -188,6 +196,19 @@ class BlockManager:
         """(source, destination) of the blocks to be copied before this step computes."""
         copies = [(source, destination) for destination, source in self._copies.items()]
         self._copies.clear()
+        self.num_copies += len(copies)
+        return copies
+
+    def copies_of_forks(self, batch: Batch, parents: list[int], children: list[int]) -> list[tuple[int, int]]:
+        """Let rows of a batch follow others of it, as `fork` with is_launched will do with their sequences; returns
+        (source, destination) of the blocks to be copied before the batch is computed."""
+        columns = batch.positions[parents] // self.block_size
+        kept = batch.block_tables[children, columns]
+        sources = batch.block_tables[parents, columns]
+        batch.block_tables[children] = batch.block_tables[parents]
+        batch.block_tables[children, columns] = kept
+        is_begun = batch.positions[parents] % self.block_size != 0
+        copies = list(zip(sources[is_begun].tolist(), kept[is_begun].tolist(), strict=True))
         self.num_copies += len(copies)
         return copies
 

@@ -15,7 +15,8 @@ from cupaged.arguments import is_int, require
 from cupaged.backends.base import MAX_TOP_TOKENS, Backend
 from cupaged.config import EngineConfig, ModelConfig
 from cupaged.engine.audit import audit
-from cupaged.engine.beam_search import BeamSearch, Continuation
+from cupaged.engine.batch import Batch
+from cupaged.engine.beam_search import BeamSearch, Choice, Continuation
 from cupaged.engine.block_manager import BlockManager
 from cupaged.engine.block_pool import BlockPool
 from cupaged.engine.logit_edits import LogitRules
@@ -507,7 +508,8 @@ class Engine:
             del self._requests[request_id]
         return output
 
-    def _launch(self, schedule: Schedule) -> LaunchedStep:
+    def _launch(self, schedule: Schedule, before: LaunchedStep | None = None) -> LaunchedStep:
+        """before: the step that decides which beams go on; it may still be computed."""
         if schedule.swap_outs:
             self._swap(self.swap_arena, self.arena, schedule.swap_outs)
         if self.pool.handed_out is not None:
@@ -521,11 +523,13 @@ class Engine:
                 seq.request.metrics.first_scheduled_time = now
                 self.counts.add_begun(seq.request)
 
-        return self.runner.launch(schedule)
+        fill_in = None if before is None else functools.partial(self._fill_in_beams, before, schedule)
+        return self.runner.launch(schedule, fill_in)
 
     def _take_in(self, step: LaunchedStep) -> list[Sequence]:
         """Wait for a step and take in its tokens; returns the sequences of which there are news."""
         schedule, (token_ids, logprobs) = step.schedule, step.draws
+        choices = self._choose_beams(step)
         self.scheduler.complete(schedule)
         self.counts.add_step(self.pool, self.scheduler.running, self.config.block_size)
         now = time.monotonic()
@@ -534,24 +538,19 @@ class Engine:
         self._last_step_end = now
         for request, scores in step.prompt_logprobs:
             self._add_prompt_logprobs(request, scores)
-        searches: dict[Request, list[tuple[int, Sequence]]] = {}  # the rows of their beams
         touched = []
         for row, seq in step.sampled():
             request, token_id = seq.request, token_ids[row]
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
             if request.search is not None:
-                searches.setdefault(request, []).append((row, seq))
                 continue
             touched.append(seq)
             if logprobs is not None and token_id >= 0 and request.num_logprobs is not None:
                 self._add_drawn_logprobs(seq, logprobs, row)
             self._add_token(seq, token_id)
-        for request, found in searches.items():
-            found.sort(key=lambda pair: pair[1].index)
-            rows, beams = [row for row, _ in found], [seq for _, seq in found]
-            next_ids, values = logprobs.token_ids[rows, 1:].tolist(), logprobs.logprobs[rows, 1:].tolist()
-            touched += self._advance_search(request, beams, next_ids, values)
+        for request, choice in choices.items():
+            touched += self._advance_search(request, choice)
         return touched
 
     def _swap(self, dst: KVArena, src: KVArena, pairs: list[tuple[int, int]]) -> None:
@@ -631,15 +630,49 @@ class Engine:
 
     # -- beam search ---------------------------------------------------------------------------------------
 
-    def _advance_search(
-        self, request: Request, beams: list[Sequence], token_ids: list[list[int]], values: list[list[float]]
-    ) -> list[Sequence]:
-        """Take a search one token on. token_ids, values: for each beam the likeliest next tokens and their log
-        probabilities. Returns the sequences of which there are news to tell."""
-        search = request.search
-        survivors, finished = search.choose(beams, token_ids, values)
-        num_tokens = beams[0].num_output_tokens + 1
-        for candidate in finished:
+    def _choose_beams(self, step: LaunchedStep) -> dict[Request, Choice]:
+        """How each search goes on from a step that has finished. Nothing is changed."""
+        if step.choices is None:
+            step.choices = {}
+            searches: dict[Request, list[tuple[int, Sequence]]] = {}  # the rows of their beams
+            for row, seq in step.sampled():
+                if seq.request.search is not None:
+                    searches.setdefault(seq.request, []).append((row, seq))
+            if searches:
+                all_ids, all_values = step.draws[1].token_ids[:, 1:].tolist(), step.draws[1].logprobs[:, 1:].tolist()
+            for request, found in searches.items():
+                found.sort(key=lambda pair: pair[1].index)
+                beams = [seq for _, seq in found]
+                token_ids, values = [all_ids[row] for row, _ in found], [all_values[row] for row, _ in found]
+                survivors, finished = request.search.choose(beams, token_ids, values)
+                placed = request.search.place(request, survivors)
+                step.choices[request] = Choice(token_ids, values, survivors, finished, placed)
+        return step.choices
+
+    def _fill_in_beams(self, step: LaunchedStep, schedule: Schedule, batch: Batch) -> list[tuple[int, int]]:
+        """Put into the batch of `schedule`, the step after `step`, what that one gives its beams: who goes on from
+        whom, and with which token. Their sequences don't know yet. Returns the blocks to be copied before."""
+        step.wait()
+        for _, seq in step.sampled():
+            if seq.request.search is not None:
+                seq.token_ids.pop()  # what stood for its next token
+        row_of = {seq: row for row, seq in enumerate(schedule.sequences) if seq.request.search is not None}
+        parents, children = [], []
+        for choice in self._choose_beams(step).values():
+            if not choice.placed or choice.placed[0][0] not in row_of:
+                continue
+            choice.is_launched = True
+            for seq, candidate in choice.placed:
+                batch.token_ids[row_of[seq]] = candidate.token_id
+            parents += [row_of[parent] for parent, _ in choice.forks]
+            children += [row_of[child] for _, child in choice.forks]
+        return self.blocks.copies_of_forks(batch, parents, children) if children else []
+
+    def _advance_search(self, request: Request, choice: Choice) -> list[Sequence]:
+        """Take a search one token on. Returns the sequences of which there are news to tell."""
+        search, survivors, placed = request.search, choice.survivors, choice.placed
+        token_ids, values = choice.token_ids, choice.logprobs
+        for candidate in choice.finished:
             if search.wants(candidate):
                 seq = Sequence(request, len(request.sequences))
                 seq.follow(candidate.beam)
@@ -651,13 +684,11 @@ class Engine:
             for beam in request.unfinished:
                 beam.error = f"the model gave no finite logit after {len(beam.token_ids)} tokens"
             return self._end_search(request, "error")
-        if not survivors or search.is_over(survivors[0].cumulative_logprob, num_tokens):
+        if not survivors or search.is_over(survivors[0].cumulative_logprob, survivors[0].beam.num_output_tokens + 1):
             return self._end_search(request)
 
-        placed = search.place(request, survivors)
-        forks = [(candidate.beam, seq) for seq, candidate in placed if candidate.beam is not seq]
-        self.scheduler.replace_beams(forks)
-        for parent, seq in forks:
+        self.scheduler.replace_beams(choice.forks, are_launched=choice.is_launched)
+        for parent, seq in choice.forks:
             seq.follow(parent)
         for seq, candidate in placed:
             self._continue_beam(seq, candidate, token_ids, values)

@@ -9,6 +9,7 @@ import numpy as np
 
 from cupaged.backends.base import Array, Backend
 from cupaged.engine.batch import Batch, BatchBuilder
+from cupaged.engine.beam_search import Choice
 from cupaged.engine.decode_graphs import DecodeGraphs
 from cupaged.engine.prompt_logprobs import PromptScorer
 from cupaged.engine.sampler import Draws, Logprobs, Sampler
@@ -37,6 +38,7 @@ class LaunchedStep:
         self.schedule = schedule
         self.launch_time = launch_time
         self.draws: Draws | None = None  # when it has been waited for
+        self.choices: dict[Request, Choice] | None = None  # of its beam searches, when they are made
         self.prompt_logprobs = prompt_logprobs
         self._rows = rows
         self._fetch = fetch
@@ -108,19 +110,28 @@ class Runner:
             self._graphs = DecodeGraphs(backend, taking, arena, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
         self._prompt_scorer = PromptScorer(backend, self._sampler, max_num_rows=max_num_seqs)
 
-    def launch(self, schedule: Schedule) -> LaunchedStep:
+    def launch(
+        self, schedule: Schedule, fill_in: Callable[[Batch], list[tuple[int, int]]] | None = None
+    ) -> LaunchedStep:
         """Copy the blocks that are no longer shared, compute the scheduled tokens, and draw those that follow.
 
         A negative token id ~j among those of the decodes is the one that row j of the step launched before draws.
+        fill_in: is called before anything is launched, to put into the batch what was not known when it was scheduled;
+        returns (source, destination) of more blocks to copy.
         """
         start = time.monotonic()
-        self._copy_blocks(self.arena, self.arena, schedule.copies)
+        copies = schedule.copies
+        if schedule.sequences:
+            sampled = schedule.sampled
+            if any([seq.logit_edits is not None for _, seq in sampled]):
+                sampled = sorted(sampled, key=lambda pair: Sampler.sort_key(pair[1]))
+            batch = self._batches.build(schedule, [i for i, _ in sampled])
+            if fill_in is not None:
+                copies = copies + fill_in(batch)
+        self._copy_blocks(self.arena, self.arena, copies)
         if not schedule.sequences:
             return LaunchedStep(schedule, [], lambda: ([], None), [], start)
-        sampled = schedule.sampled
-        if any([seq.logit_edits is not None for _, seq in sampled]):
-            sampled = sorted(sampled, key=lambda pair: Sampler.sort_key(pair[1]))
-        logits = self._forward(self._batches.build(schedule, [i for i, _ in sampled]))[: len(sampled)]
+        logits = self._forward(batch)[: len(sampled)]
         draws = self._sampler.draw(logits, [seq for _, seq in sampled])
         return LaunchedStep(schedule, sampled, draws, self._prompt_scorer.score(schedule, self.decoder), start)
 

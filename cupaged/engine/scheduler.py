@@ -205,10 +205,13 @@ class Scheduler:
                 for seq in request.active:
                     self.blocks.free_before_window(seq)
 
-    def replace_beams(self, forks: list[tuple[Sequence, Sequence]]) -> None:
-        """The second of each two gives up what it holds, and goes on from where the first one stands."""
+    def replace_beams(self, forks: list[tuple[Sequence, Sequence]], *, are_launched: bool) -> None:
+        """The second of each two gives up what it holds, and goes on from where the first one stands.
+
+        are_launched: the step in flight computes the next token of each, the second one's as if it had gone on so.
+        """
         for parent, child in forks:
-            self.blocks.fork(parent, child)
+            self.blocks.fork(parent, child, is_launched=are_launched)
 
     def finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """Take `seq` out, whether it runs or waits, and free its blocks."""

@@ -65,8 +65,8 @@ class Request:
         self.max_len = max_len
         self.search = search
         self.num_logprobs = params.num_logprobs if search is None else search.num_candidates
-        # Its next step can't be launched before the results of this one are there: which tokens, not only how many.
-        self.needs_tokens = search is not None or logit_rules is not None or params.prompt_logprobs is not None
+        # Its next step can't be prepared before the results of this one are there: which tokens, not only how many.
+        self.needs_tokens = logit_rules is not None or params.prompt_logprobs is not None
         self.picks_best = params.picks_best
         self.tells_end_only = params.output_kind is RequestOutputKind.FINAL_ONLY or self.picks_best
         self.tells_news_only = params.output_kind is RequestOutputKind.DELTA

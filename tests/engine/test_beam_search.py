@@ -41,9 +41,7 @@ class CharDecoder:
 
 
 def make_search_engine(**config):
-    engine = make_engine(**config)
-    engine.runner.decoder = SpreadDecoder()
-    return engine
+    return make_engine(decoder=SpreadDecoder(), **config)
 
 
 def expected(prompt, params: BeamSearchParams):
@@ -79,9 +77,11 @@ PROMPTS = [prompt_of(length, salt=length) for length in (1, 7, 8, 9, 20)]
 
 @pytest.mark.parametrize("width", range(1, 9))
 @pytest.mark.parametrize("ignore_eos", [False, True])
-def test_class_34_beams_are_those_of_the_reference(width, ignore_eos):
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_class_34_beams_are_those_of_the_reference(width, ignore_eos, async_scheduling):
     for prompt in PROMPTS:
-        engine, params = make_search_engine(), BeamSearchParams(width, 20, ignore_eos)
+        engine = make_search_engine(async_scheduling=async_scheduling)
+        params = BeamSearchParams(width, 20, ignore_eos)
         engine.add_request("x", prompt, params)
         output = run_all(engine)["x"]
         assert_found(output, prompt, params)
@@ -115,8 +115,11 @@ def test_the_rules_for_the_end_make_a_difference():
 
 @pytest.mark.parametrize("chunk", [4, 7, 8, 9, 100])
 @pytest.mark.parametrize("caching", [False, True])
-def test_neighbours_and_chunks_change_nothing(chunk, caching):
-    engine = make_search_engine(max_num_batched_tokens=chunk, enable_prefix_caching=caching)
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_neighbours_and_chunks_change_nothing(chunk, caching, async_scheduling):
+    engine = make_search_engine(
+        max_num_batched_tokens=chunk, enable_prefix_caching=caching, async_scheduling=async_scheduling
+    )
     params = [BeamSearchParams(width, 15) for width in (1, 2, 3, 4, 4)]
     for i, prompt in enumerate(PROMPTS):
         engine.add_request(f"beams {i}", prompt, params[i])
@@ -174,9 +177,10 @@ def test_one_group_preempted_at_any_step_resumes(num_steps):
 
 
 @pytest.mark.parametrize("width", [2, 4, 6])
-def test_a_small_cache_preempts_whole_groups(width):
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_a_small_cache_preempts_whole_groups(width, async_scheduling):
     params = BeamSearchParams(width, 18, ignore_eos=True)
-    engine = make_search_engine(num_blocks=2 + 4 * width, max_model_len=64)
+    engine = make_search_engine(num_blocks=2 + 4 * width, max_model_len=64, async_scheduling=async_scheduling)
     for i, prompt in enumerate(PROMPTS):
         engine.add_request(str(i), prompt, params)
     outputs = run_all(engine)
@@ -185,18 +189,21 @@ def test_a_small_cache_preempts_whole_groups(width):
         assert_found(outputs[str(i)], prompt, params)
 
 
-def test_beams_share_their_blocks_and_copy_only_when_two_go_on_from_one(monkeypatch):
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_beams_share_their_blocks_and_copy_only_when_two_go_on_from_one(monkeypatch, async_scheduling):
     """Copies are counted against the forks: each child beyond the first of a half-full block needs one."""
-    engine, params = make_search_engine(num_blocks=512), BeamSearchParams(6, 40, ignore_eos=True)
-    replace_beams, expected_copies = Scheduler.replace_beams, 0
+    engine = make_search_engine(num_blocks=512, async_scheduling=async_scheduling)
+    params = BeamSearchParams(6, 40, ignore_eos=True)
+    replace_beams, expected_copies, num_launched = Scheduler.replace_beams, 0, 0
 
-    def count(self, forks):
-        nonlocal expected_copies
+    def count(self, forks, *, are_launched):
+        nonlocal expected_copies, num_launched
+        num_launched += are_launched
         if len(forks[0][0].token_ids) % 8 if forks else 0:
             expected_copies += len(forks)
         for parent, _ in forks:
             tables.setdefault(id(parent.block_table), (parent.block_table, list(parent.block_table)))
-        replace_beams(self, forks)
+        replace_beams(self, forks, are_launched=are_launched)
         for table, before in tables.values():
             assert table == before  # a parent's table is left alone
         tables.clear()
@@ -208,6 +215,7 @@ def test_beams_share_their_blocks_and_copy_only_when_two_go_on_from_one(monkeypa
     assert_found(run_all(engine)["x"], prompt, params)
     stats = engine.stats()
     assert 0 < stats.num_copies == expected_copies
+    assert num_launched == (38 if async_scheduling else 0)  # all steps but the prompt's and the last one
     assert stats.mean_sharing > 0.6
     assert stats.peak_used_blocks < 8 + 6 * 5
 
