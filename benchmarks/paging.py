@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from engines import Report, add_model_arguments, engine_with
@@ -19,6 +19,7 @@ from engines import Report, add_model_arguments, engine_with
 from cupaged import LLM
 from cupaged.benchmark.figures import distribution
 from cupaged.benchmark.workload import FIRST_ID
+from cupaged.config import PREEMPTION_MODES
 from cupaged.engine.engine import Engine
 from cupaged.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
@@ -91,7 +92,9 @@ def beams(llm: LLM, repeats: int) -> dict:
     return results
 
 
-def short_of_memory(llm: LLM, repeats: int, num_requests: int = 256, output_len: int = 256) -> dict:
+def short_of_memory(
+    llm: LLM, repeats: int, modes: Sequence[str] = PREEMPTION_MODES, num_requests: int = 256, output_len: int = 256
+) -> dict:
     """Throughput when the cache holds 40 % of what all requests fill together, in each mode of preemption."""
 
     def run(**options) -> dict:
@@ -108,7 +111,7 @@ def short_of_memory(llm: LLM, repeats: int, num_requests: int = 256, output_len:
 
     results = {"all fit": run()}
     demand = results["all fit"]["peak_blocks"] * llm.engine.arena.layout.bytes_per_block
-    for mode in ("auto", "recompute", "swap"):
+    for mode in modes:
         row = run(kv_cache_memory_bytes=int(0.4 * demand), preemption_mode=mode, swap_space_bytes=8 << 30)
         results[f"40 %, {mode}"] = {**row, "share": row["tokens_per_s"] / results["all fit"]["tokens_per_s"]}
     return results
@@ -161,6 +164,8 @@ def main() -> None:
     add_model_arguments(parser)
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--num-requests", type=int, default=256, help="of short_of_memory")
+    parser.add_argument("--modes", nargs="+", choices=PREEMPTION_MODES, default=PREEMPTION_MODES, help="of the same")
     parser.add_argument("--thresholds", type=int, nargs="+", default=[64, 128, 256, 2048])
     arguments = parser.parse_args()
     with LLM(
@@ -168,7 +173,10 @@ def main() -> None:
     ) as llm:
         report = Report(llm, arguments)
         for name in arguments.only:
-            options = {"thresholds": arguments.thresholds} if name == "long_prompt" else {}
+            options = {
+                "long_prompt": {"thresholds": arguments.thresholds},
+                "short_of_memory": {"modes": arguments.modes, "num_requests": arguments.num_requests},
+            }.get(name, {})
             report.add(name, EXPERIMENTS[name](llm, arguments.repeats, **options))
 
 
