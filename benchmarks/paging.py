@@ -92,21 +92,28 @@ def beams(llm: LLM, repeats: int) -> dict:
     return results
 
 
-def short_of_memory(
-    llm: LLM, repeats: int, modes: Sequence[str] = PREEMPTION_MODES, num_requests: int = 256, output_len: int = 256
-) -> dict:
-    """Throughput when the cache holds 40 % of what all requests fill together, in each mode of preemption."""
+def short_of_memory(llm: LLM, repeats: int, modes: Sequence[str] = PREEMPTION_MODES, num_requests: int = 256) -> dict:
+    """Throughput when the cache holds 40 % of what the requests fill when all may run, in each mode of preemption.
+    Prompts of 256 to 768 tokens, outputs of 128 to 384."""
+    sizes = [(RNG.integers(256, 769).item(), RNG.integers(128, 385).item()) for _ in range(num_requests)]
+    num_tokens = sum(output_len for _, output_len in sizes)
 
     def run(**options) -> dict:
-        with engine_with(llm, max_model_len=PROMPT_LEN + output_len, **options) as engine:
-            params = sampling(max_tokens=output_len)
-            seconds = median_seconds(engine, repeats, params, num_requests=num_requests)
+        with engine_with(llm, max_model_len=2048, **options) as engine:
+
+            def once(count: int) -> float:
+                requests = [(prompt_of(engine, length), sampling(max_tokens=end)) for length, end in sizes[:count]]
+                return seconds_for(engine, requests)
+
+            once(num_requests // 4)
+            before = engine.stats()
+            seconds = statistics.median(once(num_requests) for _ in range(repeats))
             stats = engine.stats()
             return {
-                "tokens_per_s": num_requests * output_len / seconds,
+                "tokens_per_s": num_tokens / seconds,
                 "peak_blocks": stats.peak_used_blocks,
-                "preemptions_per_run": stats.num_preemptions / (1 + repeats),
-                "swaps_per_run": stats.num_swaps / (1 + repeats),
+                "preemptions_per_run": (stats.num_preemptions - before.num_preemptions) / repeats,
+                "swaps_per_run": (stats.num_swaps - before.num_swaps) / repeats,
             }
 
     results = {"all fit": run()}
