@@ -126,6 +126,8 @@ class Runner:
             if any([seq.logit_edits is not None for _, seq in sampled]):
                 sampled = sorted(sampled, key=lambda pair: Sampler.sort_key(pair[1]))
             batch = self._batches.build(schedule, [i for i, _ in sampled])
+            if self._graphs is not None:
+                batch = self._graphs.pad(batch)
             if fill_in is not None:
                 copies = copies + fill_in(batch)
         self._copy_blocks(self.arena, self.arena, copies)
@@ -136,9 +138,7 @@ class Runner:
         return LaunchedStep(schedule, sampled, draws, self._prompt_scorer.score(schedule, self.decoder), start)
 
     def _forward(self, host_batch: Batch) -> Array:
-        """The logits, and perhaps more rows after them."""
-        if self._graphs is not None:
-            host_batch = self._graphs.pad(host_batch)
+        """The logits, with those of padding after them."""
         batch = self.backend.upload_batch(host_batch)
         if self._graphs is not None:
             return self._graphs.forward(batch)
