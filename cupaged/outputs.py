@@ -49,12 +49,18 @@ class BeamSearchOutput:
 
 @dataclass
 class RequestMetrics:
-    """Times in seconds on `time.monotonic()`'s clock."""
+    """Times in seconds on `time.monotonic()`'s clock.
+
+    peak_blocks: the most KV cache blocks that it held, shared ones counted once; looked at whenever it gives up some,
+    except where beams replace each other. num_output_tokens: of the longest of its outputs that have ended.
+    """
 
     arrival_time: float
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
+    peak_blocks: int = 0
+    num_output_tokens: int = 0
 
     @property
     def queue_time(self) -> float | None:
@@ -64,6 +70,13 @@ class RequestMetrics:
     @property
     def time_to_first_token(self) -> float | None:
         return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+    @property
+    def inter_token_latency(self) -> float | None:
+        """Mean time between two tokens of an output, at its end; None when there are none to be between."""
+        if self.finished_time is None or self.num_output_tokens < 2:
+            return None
+        return (self.finished_time - self.first_token_time) / (self.num_output_tokens - 1)
 
 
 @dataclass

@@ -6,6 +6,7 @@ from bisect import insort
 from dataclasses import dataclass, field
 
 from cupaged.engine.block_manager import BlockManager
+from cupaged.engine.block_pool import NULL_BLOCK
 from cupaged.engine.sequence import FINISHED, Request, Sequence, SequenceState
 from cupaged.engine.swap import SwapSpace
 
@@ -217,7 +218,9 @@ class Scheduler:
         """Take `seq` out, whether it runs or waits, and free its blocks."""
         request = seq.request
         is_last = len(request.unfinished) == 1
+        request.metrics.num_output_tokens = max(request.metrics.num_output_tokens, seq.num_output_tokens)
         if seq.state is SequenceState.RUNNING:
+            self._note_blocks(request)
             if request.is_forking and seq is request.active[0] and not is_last:
                 self._hand_over_prompt(request)
             if seq in request.active:
@@ -243,6 +246,7 @@ class Scheduler:
     def preempt(self, request: Request) -> None:
         """Send a running request back to wait, without its blocks."""
         self._check_idle()
+        self._note_blocks(request)
         self.running.remove(request)
         num_tokens, state = request.num_computed_tokens, SequenceState.WAITING
         if self.swap is not None and (self.always_swap or self.swap.pays(request)) and self.swap.swap_out(request):
@@ -336,6 +340,13 @@ class Scheduler:
         leader, heir, *_ = request.unfinished
         self.blocks.hand_over(leader, heir)
         request.active.append(heir)
+
+    @staticmethod
+    def _note_blocks(request: Request) -> None:
+        """For the request's metrics: how many blocks it holds, before it gives up some."""
+        tables, metrics = [seq.block_table for seq in request.active], request.metrics
+        if sum(map(len, tables)) > metrics.peak_blocks:
+            metrics.peak_blocks = max(metrics.peak_blocks, len(set().union(*tables) - {NULL_BLOCK}))
 
     def _release(self, seq: Sequence) -> None:
         self.blocks.free(seq)

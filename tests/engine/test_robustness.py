@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from fake_model import audit, expected_output, make_engine, prompt_of, run_all
+from fake_model import audit, expected_output, make_engine, params_of, prompt_of, run_all
 
 from cupaged.errors import CupagedError, QueueFullError
 from cupaged.sampling_params import SamplingParams
@@ -171,6 +171,24 @@ def test_queue_times_and_cached_tokens_are_counted():
     assert stats.mean_queue_time == pytest.approx(sum(times) / 2)
     assert (stats.num_prompt_tokens, stats.num_cached_tokens) == (40, 16)
     assert stats.num_cached_blocks == stats.num_blocks - len(engine.pool.unused_blocks()) > 0
+
+
+def test_each_request_knows_its_blocks_and_the_time_between_its_tokens(monkeypatch):
+    clock = iter(range(10_000))
+    monkeypatch.setattr("cupaged.engine.engine.time.monotonic", lambda: float(next(clock)))
+    engine = make_engine()
+    engine.add_request("one", prompt_of(20), greedy(1))
+    engine.add_request("n", prompt_of(20, salt=1), params_of(n=3, max_tokens=10))  # 2 full blocks and 3 times 2
+    engine.add_request("aborted", prompt_of(9, salt=2), greedy(30))
+    for _ in range(4):
+        engine.step()
+    aborted = engine.abort("aborted")
+    assert aborted.metrics.peak_blocks == 2
+    engine.scheduler.preempt(engine.scheduler.running[0])
+    metrics = run_all(engine)["n"].metrics
+    assert metrics.peak_blocks == 2 + 3 * 2
+    assert metrics.num_output_tokens == 10
+    assert metrics.inter_token_latency == (metrics.finished_time - metrics.first_token_time) / 9 > 0
 
 
 # -- the audit --------------------------------------------------------------------------------------------------
