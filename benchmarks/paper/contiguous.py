@@ -62,6 +62,7 @@ class ContiguousBlocks:
     sizes and that it keeps to its end. What a request was given always suffices, so none is ever preempted."""
 
     window = None  # attention is over all tokens
+    block_size = 1  # of no meaning: tables stay empty
 
     def __init__(self, num_slots: int, reserve: Callable[[int, int], int]):
         self.num_slots = num_slots

@@ -29,7 +29,7 @@ PYTEST = (sys.executable, "-m", "pytest", "-q", "--tb=short")
 KERNEL_TESTS = (*PYTEST, str(ROOT / "tests" / "kernels"), "-m", "gpu and not sm90")
 SM90_TESTS = (*PYTEST, str(ROOT / "tests" / "kernels"), "-m", "gpu and sm90")
 MODEL_TESTS = (*PYTEST, str(ROOT / "tests" / "gpu"), "-m", "gpu", "-rP")
-QUICK = "tiny or captured or default_stream"  # tests of tests/gpu that need no real model
+QUICK = "tiny or captured or default_stream or equality"  # tests of tests/gpu that need no real model
 NO_GIGABYTES = "not 2_to_31 and not 2_31"
 SANITIZER = "compute-sanitizer"
 TELLING = re.compile(r"^(FAILED|ERROR) |^(=+ )?\d+ (passed|failed|error|skipped).* in |ERROR SUMMARY")  # lines of a log
@@ -85,7 +85,7 @@ def stages(out: Path, arch: str) -> list[Stage]:
         Stage("info", (*CUPAGED, "info"), 30),
         Stage("compile", (*CUPAGED, "compile", "--arch", arch, "--out", str(out / "kernels")), 150),
         Stage("generate", generate, 60, portable),
-        Stage("quick-models", (*MODEL_TESTS, "-k", QUICK), 90, portable),
+        Stage("quick-models", (*MODEL_TESTS, "-k", QUICK), 150, portable),
         Stage("kernels", (*KERNEL_TESTS, "-k", NO_GIGABYTES), 150, portable),
         *(
             stage
