@@ -658,10 +658,11 @@ class Engine:
                 seq.token_ids.pop()  # what stood for its next token
         row_of = {seq: row for row, seq in enumerate(schedule.sequences) if seq.request.search is not None}
         parents, children = [], []
-        for choice in self._choose_beams(step).values():
-            if not choice.placed or choice.placed[0][0] not in row_of:
+        for request, choice in self._choose_beams(step).items():
+            if request.sequences[0] not in row_of:
                 continue
             choice.is_launched = True
+            batch.token_ids[[row_of[seq] for seq in request.sequences]] = 0  # any, if the search ends here
             for seq, candidate in choice.placed:
                 batch.token_ids[row_of[seq]] = candidate.token_id
             parents += [row_of[parent] for parent, _ in choice.forks]

@@ -61,10 +61,14 @@ class Sampler:
         its logits_processors fails, which seq.error then tells. And compute log probabilities, of the raw logits, when
         one of the sequences asks for any. Returns what waits for them, to be called once.
 
-        The sequences must be in the order of `sort_key`.
+        Where all of them are beams, nothing is drawn, and all token ids are -1. The sequences must be in the order of
+        `sort_key`.
         """
         num_rows = len(sequences)
         rows, token_ids = self._rows[:num_rows], self.token_ids[:num_rows]
+        if sequences and all(seq.request.search is not None for seq in sequences):
+            fetch = self.logprobs(logits, token_ids, max(seq.request.num_logprobs for seq in sequences))
+            return lambda: ([-1] * num_rows, fetch())
         self._upload_rows(rows, sequences)
 
         end = num_rows
