@@ -75,7 +75,7 @@ _ENGINE_LIMITS = [
     click.option(
         "--long-prefill-token-threshold",
         type=_COUNT,
-        default=256,
+        default=64,
         show_default=True,
         help="Most of them of one prompt, while others decode.",
     ),

@@ -112,7 +112,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
-    long_prefill_token_threshold: int = 256
+    long_prefill_token_threshold: int = 64
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None
     preallocate: bool = False

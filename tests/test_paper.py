@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_model import make_engine, model_with
+from paper.__main__ import read_measured
 from paper.beams import StandInModel, beam_sharing
 from paper.contiguous import RESERVATIONS, BuddyAllocator, ContiguousBlocks
 from paper.experiments import CONFIDENCE, shared_prefix
@@ -154,4 +155,4 @@ def test_shared_prefix_over_oracle():
 
 def test_document_shows_the_results():
     figures = json.loads((ROOT / "benchmarks/results/paper.json").read_text())
-    assert (ROOT / "docs/paper.md").read_text() == report(figures)
+    assert (ROOT / "docs/paper.md").read_text() == report(figures, read_measured())
