@@ -584,6 +584,18 @@ MUTATIONS = (
         ATTENTION,
     ),
     Mutation(
+        EDGE, "paged_prefill.cu", "splits lie where the first row's keys begin",
+        "(first + index) * kSplitKeys",
+        "begin + index * kSplitKeys",
+        PREFILL,
+    ),
+    Mutation(
+        EDGE, "paged_prefill.cu", "keys that end with a split have another one",
+        "(end - 1) / kSplitKeys - first + 1",
+        "end / kSplitKeys - first + 1",
+        PREFILL,
+    ),
+    Mutation(
         EDGE, "paged_prefill.cu", "a tile that ends one key too late is not masked",
         "first_key + kKeys <= warp_first_end &&",
         "first_key + kKeys <= warp_first_end + 1 &&",
@@ -692,6 +704,12 @@ MUTATIONS = (
         ("sampler",),
     ),
     # -- state and rounding -------------------------------------------------------------------------------------
+    Mutation(
+        STATE, "softmax_state.cuh", "arrivals are not counted from 0 again",
+        "if (threadIdx.x == 0) *counter = 0;",
+        "",
+        PREFILL,
+    ),
     Mutation(
         STATE, "softmax_state.cuh", "a row that has seen nothing gives NaN",
         "max == kNegInf ? 0.f : max",
