@@ -152,7 +152,7 @@ struct Sampler {
 #pragma unroll 1
       for (int i = threadIdx.x; i < num_parts; i += kNumThreads) row.parts[i].sum = 0;
     else
-#pragma unroll 1
+#pragma unroll 4
       for (int i = threadIdx.x; i < n; i += kNumThreads) shared.list[i] = row.list[i];
     __syncthreads();
     const auto token = [&](int i) { return overflow ? Token{logit_key(logits[i]), i} : shared.list[i]; };

@@ -644,9 +644,9 @@ MUTATIONS = (
         ("sampler",),
     ),
     Mutation(
-        EDGE, "sampler.cu", "a draw at the very start of one of few tokens goes to the token before as well",
+        EDGE, "sampler.cu", "a draw at the very start of one of few tokens finds none",
         "before <= point && point < before + mass)",
-        "before <= point && point <= before + mass)",
+        "before < point && point < before + mass)",
         ("sampler",),
     ),
     Mutation(
