@@ -15,31 +15,14 @@
 // Traffic:  K and V once, 4 * head_dim bytes a key and kv head: bound by memory. Splits add about 8 * head_dim bytes a
 //           query head each, written and read through L2. Measured: docs/performance.md.
 #include "common.cuh"
+#include "decode_splits.cuh"
 #include "paged_kv.cuh"
 #include "paged_tile.cuh"
 #include "ptx.cuh"
 #include "softmax_state.cuh"
 #include "warp_attention.cuh"
 
-constexpr int kTileRows = 16;    // query heads a thread block; twin in paged_decode.py
-constexpr int kMinSplit = 256;   // keys a split has at least; twin in paged_decode.py. Fewer make merging dear.
-constexpr int kSplitAlign = 64;  // splits begin at multiples of it, whatever the head_dim
-
-// The keys of one split of a sequence, and how many splits the sequence has: a function of its own length, not of the
-// batch. An empty sequence has none.
-struct Split {
-  int begin, end, count;
-
-  __device__ __forceinline__ Split(int index, int seq_len, int window, int max_splits) {
-    const int first = max(0, seq_len - window);
-    const int start = first / kSplitAlign * kSplitAlign;
-    const int span = seq_len - start;
-    const int size = max(kMinSplit, ceil_div(ceil_div(span, max_splits), kSplitAlign) * kSplitAlign);
-    count = ceil_div(span, size);
-    begin = max(first, start + index * size);
-    end = min(seq_len, start + (index + 1) * size);
-  }
-};
+constexpr int kTileRows = 16;  // query heads a thread block; twin in paged_decode.py
 
 // Round columns * factor and store them; out 8-byte aligned.
 template <typename scalar_t>
@@ -87,8 +70,9 @@ paged_decode(scalar_t* __restrict__ out,            // [num_seqs, num_heads, kHe
   griddepcontrol_wait();
   griddepcontrol_launch_dependents();
   const int seq_len = seq_lens[seq];
-  const Split split(split_index, seq_len, window, max_splits);
-  if (split_index >= max(1, split.count)) return;  // the whole thread block; split 0 of an empty sequence writes zeros
+  const Splits splits(seq_len, window, max_splits, false);
+  const int begin = splits.begin(split_index), end = splits.end(split_index);
+  if (split_index >= max(1, splits.count)) return;  // the whole thread block; split 0 of an empty sequence writes zeros
 
   DYNAMIC_SHARED(shared);
   scalar_t* ring = reinterpret_cast<scalar_t*>(shared);  // [kStages, kKeys, kHeadDim]
@@ -101,7 +85,7 @@ paged_decode(scalar_t* __restrict__ out,            // [num_seqs, num_heads, kHe
     const bool valid = row < num_rows;
     cp_async_16(q_tile + Layout::offset(row, chunk), q + (valid ? row : 0) * kHeadDim + chunk * 8, valid);
   }
-  Stream stream(ring, {kv, block_tables + (long long)seq * max_blocks, block_shift, kv_head, split.begin, split.end});
+  Stream stream(ring, {kv, block_tables + (long long)seq * max_blocks, block_shift, kv_head, begin, end});
   stream.prefetch();
 
   WarpAttention<scalar_t, kHeadDim, 1, 16> attention;
@@ -109,7 +93,7 @@ paged_decode(scalar_t* __restrict__ out,            // [num_seqs, num_heads, kHe
   for (int tile = 0; tile < stream.num_tiles(); ++tile) {
     const int first_key = stream.first_key() + tile * kKeys;
     attention.score(q_tile, 0, stream.next(), 16 * warp);
-    if (first_key < split.begin || first_key + kKeys > split.end) attention.mask(first_key + 16 * warp, window);
+    if (first_key < begin || first_key + kKeys > end) attention.mask(first_key + 16 * warp, window);
     attention.softmax(scale);
     attention.weigh(stream.next(), 16 * warp);
   }
@@ -132,7 +116,7 @@ paged_decode(scalar_t* __restrict__ out,            // [num_seqs, num_heads, kHe
   __syncthreads();
 
   const long long first_out = (long long)seq * num_heads + head;  // row of [num_seqs, num_heads]
-  const bool alone = split.count <= 1;
+  const bool alone = splits.count <= 1;
   for (int i = threadIdx.x; i < num_rows * kColumnGroups; i += kNumThreads) {
     const int row = i / kColumnGroups, column = i % kColumnGroups * 4;
     float columns[4];
@@ -152,7 +136,7 @@ paged_decode(scalar_t* __restrict__ out,            // [num_seqs, num_heads, kHe
   __threadfence();  // this thread's partial results before its arrival
   __syncthreads();
   int* counter = counters + (long long)seq * gridDim.y + blockIdx.y;
-  const bool last = threadIdx.x == 0 && atomicAdd(counter, 1) == split.count - 1;
+  const bool last = threadIdx.x == 0 && atomicAdd(counter, 1) == splits.count - 1;
   if (!__syncthreads_or(last)) return;
   __threadfence();  // the others' partial results after their arrivals
   for (int i = threadIdx.x; i < num_rows * kColumnGroups; i += kNumThreads) {
@@ -160,7 +144,7 @@ paged_decode(scalar_t* __restrict__ out,            // [num_seqs, num_heads, kHe
     const long long part = (first_out + row) * num_splits;
     float columns[4];
     const SoftmaxState state = merge_parts(columns, partial_states + part, 1, partial_outs + part * kHeadDim + column,
-                                           kHeadDim, split.count);
+                                           kHeadDim, splits.count);
     store_row_part(out + (first_out + row) * kHeadDim + column, columns, state.inverse_sum());
   }
   if (threadIdx.x == 0) *counter = 0;  // for the next launch

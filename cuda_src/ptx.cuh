@@ -70,6 +70,13 @@ __device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&r)[4], const void* 
                : "memory");
 }
 
+// An 8x8 matrix of 16-bit elements across the warp, lane l having elements 2*(l%4) and +1 of row l/4: its transpose.
+__device__ __forceinline__ unsigned movmatrix_trans(unsigned a) {
+  unsigned d;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(d) : "r"(a));
+  return d;
+}
+
 // d += a * b: a 16x16 (row), b 16x8 (column), d 16x8 in float32. Lane l (g = l/4, t = l%4) holds
 //   a: {(g, 2t..), (g+8, 2t..), (g, 2t+8..), (g+8, 2t+8..)}   b: {(2t.., g), (2t+8.., g)}
 //   d: {(g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1)}

@@ -87,6 +87,18 @@ __device__ __forceinline__ void bulk_copy(void* dst, const void* src, int num_by
                : "memory");
 }
 
+// The same of what nobody reads again soon: it leaves L2 before all else, and what else is there stays.
+__device__ __forceinline__ void bulk_copy_evict_first(void* dst, const void* src, int num_bytes,
+                                                      unsigned long long* barrier) {
+  unsigned long long policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;\n" ::"r"(
+          shared_address(dst)),
+      "l"(src), "r"(num_bytes), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+}
+
 // Ask for these bytes of global memory to be brought into L2; a multiple of 16 from a multiple of 16 on.
 __device__ __forceinline__ void bulk_prefetch_l2(const void* src, int num_bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(src), "r"(num_bytes) : "memory");

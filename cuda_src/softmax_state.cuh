@@ -76,4 +76,42 @@ __device__ __forceinline__ bool is_last_to_arrive(int* counter, int count) {
   return true;
 }
 
+// The same of a whole row by a warp, for at most 32 parts: lane l gets columns kColumns * l ..+kColumns-1 (at multiples of
+// their size). Sums go in the order of a warp's reduction and of the parts.
+template <int kBatch,  // parts that are loaded together
+          int kColumns>
+__device__ __forceinline__ SoftmaxState merge_row(float (&out)[kColumns], const SoftmaxState* states,
+                                                  const float* outs, int out_stride, int num_parts) {
+  struct alignas(4 * kColumns) Columns {
+    float data[kColumns];
+  };
+  const int lane = threadIdx.x % kWarpSize;
+  const SoftmaxState mine = lane < num_parts ? states[lane] : SoftmaxState{};
+  SoftmaxState merged;
+  float my_factor = 0.f;
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) out[i] = 0.f;
+#pragma unroll 1
+  for (int first = 0; first < num_parts; first += kBatch) {
+    Columns parts[kBatch];
+#pragma unroll
+    for (int p = 0; p < kBatch; ++p)
+      if (first + p < num_parts)
+        parts[p] = *reinterpret_cast<const Columns*>(outs + (long long)(first + p) * out_stride + lane * kColumns);
+    if (first == 0) {  // after the first loads have been started
+      merged.max = warp_max(mine.max);
+      my_factor = exp2f(mine.max - merged.base());
+      merged.sum = warp_sum(my_factor * mine.sum);
+    }
+#pragma unroll
+    for (int p = 0; p < kBatch; ++p) {
+      if (first + p >= num_parts) break;
+      const float factor = __shfl_sync(kFullMask, my_factor, first + p);
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) out[i] += factor * parts[p].data[i];
+    }
+  }
+  return merged;
+}
+
 #endif  // CUPAGED_SOFTMAX_STATE_CUH

@@ -33,9 +33,12 @@ from cupaged.kernels.linear_sm90 import MIN_ROWS, linear_sm90, linear_sm90_silu_
 from cupaged.kernels.linear_small import MAX_ROWS, linear_small, linear_small_silu_and_mul
 from cupaged.kernels.logits import edit_logits, keep_allowed
 from cupaged.kernels.logprobs import logprobs
+from cupaged.kernels.paged_decode import KERNELS as DECODE
 from cupaged.kernels.paged_decode import decode_workspace_size, paged_decode
-from cupaged.kernels.paged_prefill import KERNELS, paged_prefill, prefill_workspace_size
-from cupaged.kernels.paged_prefill_sm90 import KERNELS_SM90
+from cupaged.kernels.paged_decode_sm90 import KERNELS_SM90 as DECODE_SM90
+from cupaged.kernels.paged_prefill import KERNELS as PREFILL
+from cupaged.kernels.paged_prefill import paged_prefill, prefill_workspace_size
+from cupaged.kernels.paged_prefill_sm90 import KERNELS_SM90 as PREFILL_SM90
 from cupaged.kernels.rms_norm import rms_norm
 from cupaged.kernels.rope import rope_and_store_kv
 from cupaged.kernels.row_slices import row_workspace_size
@@ -57,7 +60,7 @@ PART_ALIGNMENT = 16  # bytes; where the arrays of a batch begin in their common 
 BATCH_ARRAYS = [field.name for field in dataclasses.fields(Batch) if field.type == "Array"]
 BENCHMARK_KERNELS = ("partial_sums.cu",)  # no model asks for them
 # Their second template argument is head_dim.
-CACHE_KERNELS = ("rope.cu", "paged_decode.cu", "paged_prefill.cu", "paged_prefill_sm90.cu")
+CACHE_KERNELS = ("rope.cu", "paged_decode.cu", "paged_decode_sm90.cu", "paged_prefill.cu", "paged_prefill_sm90.cu")
 
 
 # CUDA's own numbers, which CuPy doesn't name.
@@ -541,13 +544,14 @@ class CudaBackend:
         common = {"num_heads": num_heads, "num_decodes": batch.num_decodes, "sm_scale": sm_scale, "window": window}
         if batch.num_decodes:
             paged_decode(
-                out, qkv, arena, layer, *sequences, self._decode_workspace, max_seq_len=batch.max_seq_len, **common
-            )
+                out, qkv, arena, layer, *sequences, self._decode_workspace,
+                max_seq_len=batch.max_seq_len, kernels=DECODE_SM90 if self._sm90 else DECODE, **common,
+            )  # fmt: skip
         if batch.num_decodes < batch.num_seqs:
             paged_prefill(
                 out, qkv, arena, layer, *sequences, batch.query_start_loc, self._prefill_workspace,
                 max_query_len=batch.max_query_len, max_seq_len=batch.max_seq_len,
-                kernels=KERNELS_SM90 if self._sm90 else KERNELS, **common,
+                kernels=PREFILL_SM90 if self._sm90 else PREFILL, **common,
             )  # fmt: skip
 
     # -- sampling ------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,9 +13,10 @@ from cupaged.kernels.compile import load_kernel
 from cupaged.kernels.paged_attention import MAX_GRID_YZ, check_attention, kernel_window, softmax_scale
 from cupaged.kernels.paged_kv import paged_kv
 
-TILE_ROWS = 16  # query heads of one kv head that one thread block serves; kTileRows in paged_decode.cu
-MIN_SPLIT = 256  # keys that a split has at least; kMinSplit in paged_decode.cu
+TILE_ROWS = 16  # kTileRows in paged_decode.cu
+MIN_SPLIT = 256  # keys that a split has at least; kMinSplit in decode_splits.cuh
 MAX_SPLITS = 32  # of one sequence
+MERGE_WARPS = 4  # a thread block of merge_splits in paged_decode_sm90.cu, each with a head
 TARGET_THREAD_BLOCKS = 128  # that one long sequence is spread over, about one for each multiprocessor of a large GPU
 
 # head_dim -> (warps a thread block, tiles in the ring). A tile has 16 keys for each warp; the ring takes 64 to 80 KB,
@@ -22,16 +25,38 @@ TARGET_THREAD_BLOCKS = 128  # that one long sequence is spread over, about one f
 TILES = {64: (4, 8), 80: (4, 8), 96: (4, 6), 128: (4, 5), 256: (2, 5)}
 
 
-def kernel_name(dtype: np.dtype, head_dim: int) -> tuple[str, str]:
+class DecodeKernel(NamedTuple):
+    """An instantiation, and how it wants to be launched."""
+
+    file: str
+    name: str
+    tile_rows: int  # query heads of one kv head that share its keys
+    num_threads: int
+    shared_bytes: int
+    # Where thread blocks take all work in turns: how many, and the kernel that merges the splits afterwards.
+    num_blocks: int = 0
+    merge_name: str = ""
+
+
+def decode_kernel(dtype: np.dtype, head_dim: int, group: int) -> DecodeKernel:
     num_warps, num_stages = TILES[head_dim]
-    return "paged_decode.cu", f"paged_decode<{C_TYPE[dtype]}, {head_dim}, {num_warps}, {num_stages}>"
+    return DecodeKernel(
+        "paged_decode.cu",
+        f"paged_decode<{C_TYPE[dtype]}, {head_dim}, {num_warps}, {num_stages}>",
+        tile_rows=TILE_ROWS,
+        num_threads=32 * num_warps,
+        shared_bytes=(num_stages * 16 * num_warps + TILE_ROWS) * head_dim * dtype.itemsize,
+    )
 
 
 def instantiations() -> Iterator[tuple[str, str]]:
     """(file, name) of every kernel that this module launches."""
     for dtype in HALF_TYPES:
         for head_dim in TILES:
-            yield kernel_name(dtype, head_dim)
+            yield decode_kernel(dtype, head_dim, 1)[:2]
+
+
+KERNELS = dict.fromkeys(TILES, decode_kernel)
 
 
 def max_splits(num_kv_heads: int) -> int:
@@ -45,11 +70,6 @@ def _num_splits(num_kv_heads: int, max_seq_len: int) -> int:
     return max(1, min(max_splits(num_kv_heads), ceil_div(max_seq_len, MIN_SPLIT)))
 
 
-def _num_tiles(num_heads: int, num_kv_heads: int) -> int:
-    """Thread blocks that share out the query heads."""
-    return num_kv_heads * ceil_div(num_heads // num_kv_heads, TILE_ROWS)
-
-
 def decode_workspace_size(
     max_num_seqs: int, num_heads: int, num_kv_heads: int, head_dim: int, max_model_len: int
 ) -> int:
@@ -59,7 +79,7 @@ def decode_workspace_size(
     share of a sequence. 68 MB for 256 sequences of 128k tokens with 32 heads, 8 kv heads and head_dim 128.
     """
     parts = max_num_seqs * num_heads * _num_splits(num_kv_heads, max_model_len)
-    return parts * (4 * head_dim + 8) + 4 * max_num_seqs * _num_tiles(num_heads, num_kv_heads)
+    return parts * (4 * head_dim + 8) + 4 * max_num_seqs * num_kv_heads * ceil_div(num_heads // num_kv_heads, TILE_ROWS)
 
 
 def paged_decode(
@@ -76,13 +96,15 @@ def paged_decode(
     max_seq_len: int,
     sm_scale: float,
     window: int = 0,
+    kernels: Mapping[int, Callable[[np.dtype, int, int], DecodeKernel]] = KERNELS,
 ) -> None:
     """`Backend.paged_attention` for the first num_decodes sequences, token i being the only query of sequence i.
 
     out [num_tokens, num_heads * head_dim] and qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], bfloat16 or
     float16 like the cache; arena: the cache (`KVArena`), of which `layer` is read; block_tables [num_seqs, max_blocks]
     int32; seq_lens [num_seqs] int32, of which none among the first num_decodes exceeds max_seq_len; where it is 0, the
-    row of out becomes zeros. Further tokens and sequences may follow; they are left alone.
+    row of out becomes zeros. Further tokens and sequences may follow; they are left alone. kernels: which one for which
+    head_dim.
 
     workspace: uint8, at least `decode_workspace_size` bytes for these sizes, zeros before its first use; what a launch
     leaves in it suits the next. Launches that share one must follow each other on one stream.
@@ -91,7 +113,7 @@ def paged_decode(
     """
     layout = arena.layout
     head_dim, num_kv_heads = layout.head_dim, layout.num_kv_heads
-    check_attention(out, qkv, arena, layer, block_tables, seq_lens, num_heads, TILES)
+    check_attention(out, qkv, arena, layer, block_tables, seq_lens, num_heads, kernels)
     scale, window = softmax_scale(sm_scale), kernel_window(window)
     most = min(qkv.shape[0], seq_lens.shape[0], MAX_GRID_YZ)
     check_that(0 <= num_decodes <= most, f"num_decodes: expected 0 to {most} for these arrays; got {num_decodes}")
@@ -109,19 +131,11 @@ def paged_decode(
     if num_decodes == 0:
         return
     num_splits = _num_splits(num_kv_heads, max_seq_len)
-    num_tiles = _num_tiles(num_heads, num_kv_heads)
     outs_size = 4 * head_dim * num_decodes * num_heads * num_splits
-    # The counters lie at the end, where no batch's partial results come: they must stay zeros between launches.
-    counters_start = workspace.shape[0] - 4 * num_decodes * num_tiles
-    num_warps, num_stages = TILES[head_dim]
-    args = (
-        out,
-        qkv,
-        block_tables,
-        seq_lens,
-        workspace[:outs_size].view(np.float32),
-        workspace[outs_size : outs_size + outs_size // head_dim * 2].view(np.uint64),
-        workspace[counters_start:].view(np.int32),
+    partial_outs = workspace[:outs_size].view(np.float32)
+    partial_states = workspace[outs_size : outs_size + outs_size // head_dim * 2].view(np.uint64)
+    arrays = (out, qkv, block_tables, seq_lens, partial_outs, partial_states)
+    sizes = (
         paged_kv(arena, layer),
         np.int32(num_heads),
         np.int32(block_tables.shape[1]),
@@ -130,6 +144,28 @@ def paged_decode(
         np.int32(window),
         np.float32(scale),
     )
-    grid = (num_splits, num_tiles, num_decodes)
-    shared_mem = (num_stages * 16 * num_warps + TILE_ROWS) * head_dim * qkv.dtype.itemsize
-    load_kernel(*kernel_name(qkv.dtype, head_dim))(grid, (32 * num_warps,), args, shared_mem=shared_mem)
+    group = num_heads // num_kv_heads
+    kernel = kernels[head_dim](qkv.dtype, head_dim, group)
+    launch = load_kernel(kernel.file, kernel.name)
+    grid = (num_splits, num_kv_heads * ceil_div(group, kernel.tile_rows), num_decodes)
+    if not kernel.merge_name:
+        # The counters lie at the end, where no batch's partial results come: they must stay zeros between launches.
+        counters = workspace[-4 * num_decodes * grid[1] :].view(np.int32)
+        launch(grid, (kernel.num_threads,), (*arrays, counters, *sizes), shared_mem=kernel.shared_bytes)
+        return
+    args = (*arrays, *sizes, np.int32(num_decodes), np.int32(num_splits))
+    grid = (min(math.prod(grid), kernel.num_blocks),)
+    launch(grid, (kernel.num_threads,), args, shared_mem=kernel.shared_bytes)
+    if num_splits > 1:
+        args = (
+            out,
+            seq_lens,
+            partial_outs,
+            partial_states,
+            np.int32(num_heads),
+            np.int32(num_splits),
+            np.int32(max_splits(num_kv_heads)),
+            np.int32(window),
+        )
+        grid = (num_decodes, ceil_div(num_heads, MERGE_WARPS))
+        load_kernel(kernel.file, kernel.merge_name)(grid, (32 * MERGE_WARPS,), args)

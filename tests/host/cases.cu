@@ -96,6 +96,15 @@ __global__ void ldmatrix_mma(float* d, const T* a, const T* b) {
   for (int i = 0; i < 4; ++i) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = c[i];
 }
 
+// out = x^T, both [8, 8] of 16-bit elements.
+__global__ void transpose(unsigned short* out, const unsigned short* x) {
+  const int row = threadIdx.x / 4, column = threadIdx.x % 4 * 2;
+  const unsigned pair = x[row * 8 + column] | unsigned(x[row * 8 + column + 1]) << 16;
+  const unsigned transposed = movmatrix_trans(pair);
+  out[row * 8 + column] = (unsigned short)transposed;
+  out[row * 8 + column + 1] = (unsigned short)(transposed >> 16);
+}
+
 // out = x + 1, kStages tiles of 32 * 4 floats under way at a time; the wait leaves kPending groups in flight (right:
 // kStages - 1), and kBarriers tells whether a tile is protected from the copy that reuses its place.
 template <int kStages, int kPending, bool kBarriers>

@@ -394,6 +394,72 @@ MUTATIONS = (
         "",
         ("linear_sm90",),
     ),
+    Mutation(
+        HOPPER, "paged_decode_sm90.cu", "keys and values are read before they have arrived",
+        "    mbarrier_wait(full_ + slot_, parity_);\n",
+        "",
+        DECODE,
+    ),
+    Mutation(
+        HOPPER, "paged_decode_sm90.cu", "the parity of a slot's barrier stays that of its first use",
+        "    parity_ ^= slot_ == 0;\n",
+        "",
+        DECODE,
+    ),
+    Mutation(
+        HOPPER, "paged_decode_sm90.cu", "keys are fetched in place of values",
+        "copy(source_.kv.v_offset - source_.kv.k_offset);",
+        "copy(0);",
+        DECODE,
+    ),
+    Mutation(
+        HOPPER, "paged_decode_sm90.cu", "the second panel of a part of a block is the first once more",
+        "from_ = (panel * block_size + ",
+        "from_ = (",
+        DECODE,
+    ),
+    Mutation(
+        HOPPER, "paged_decode_sm90.cu", "values in slots without a key are not cleared",
+        "if (key < begin || key >= end) store_vec(values",
+        "if (false) store_vec(values",
+        DECODE,
+    ),
+    Mutation(
+        HOPPER, "paged_decode_sm90.cu", "the warps' results are overwritten while others read them",
+        "      __syncthreads();  // the last heads have been read\n",
+        "",
+        DECODE,
+    ),
+    Mutation(
+        HOPPER, "paged_decode_sm90.cu", "the warps' results are merged before they are all there",
+        "      __syncthreads();\n      const int head = first + warp;",
+        "      const int head = first + warp;",
+        DECODE,
+    ),
+    Mutation(
+        HOPPER, "paged_decode_sm90.cu", "the items of sequences after the first 32 are counted from 0",
+        "    end_ = first_item + sum;",
+        "    end_ = sum;",
+        DECODE,
+    ),
+    Mutation(
+        HOPPER, "key_attention.cuh", "older sums stay on their old base",
+        "out[h][d][i] *= factor[i % 2];",
+        "out[h][d][i] *= 1.f;",
+        DECODE,
+    ),
+    Mutation(
+        HOPPER, "key_attention.cuh", "weights are not transposed",
+        "movmatrix_trans(pack_pair<scalar_t>(first, second))",
+        "pack_pair<scalar_t>(first, second)",
+        DECODE,
+    ),
+    Mutation(
+        HOPPER, "softmax_state.cuh", "parts that are merged together keep their own maxima",
+        "const float factor = __shfl_sync(kFullMask, my_factor, first + p);",
+        "const float factor = 1.f;",
+        DECODE,
+    ),
     # -- warp collectives ---------------------------------------------------------------------------------------
     Mutation(
         WARP, "common.cuh", "warp_max and warp_sum with half a mask",
@@ -609,14 +675,14 @@ MUTATIONS = (
     ),
     Mutation(
         EDGE, "paged_decode.cu", "a tile that begins before the split's range is not masked",
-        "if (first_key < split.begin || first_key + kKeys > split.end)",
-        "if (first_key + kKeys > split.end)",
+        "if (first_key < begin || first_key + kKeys > end)",
+        "if (first_key + kKeys > end)",
         DECODE,
     ),
     Mutation(
-        EDGE, "paged_decode.cu", "the last split ends with the longest sequence",
-        "end = min(seq_len, start + (index + 1) * size);",
-        "end = start + (index + 1) * size;",
+        EDGE, "decode_splits.cuh", "the last split ends with the longest sequence",
+        "return min(seq_len, start() + (split + 1) * size);",
+        "return start() + (split + 1) * size;",
         DECODE,
     ),
     Mutation(
@@ -804,16 +870,18 @@ MUTATIONS = (
     Mutation(
         BLOCKS, "paged_decode.cu", "thread blocks without a split exit before the kernel before this one has ended",
         "  griddepcontrol_wait();\n  griddepcontrol_launch_dependents();\n  const int seq_len = seq_lens[seq];\n"
-        "  const Split split(split_index, seq_len, window, max_splits);\n"
-        "  if (split_index >= max(1, split.count)) return;",
-        "  const int seq_len = seq_lens[seq];\n  const Split split(split_index, seq_len, window, max_splits);\n"
-        "  if (split_index >= max(1, split.count)) return;\n  griddepcontrol_wait();\n",
+        "  const Splits splits(seq_len, window, max_splits, false);\n"
+        "  const int begin = splits.begin(split_index), end = splits.end(split_index);\n"
+        "  if (split_index >= max(1, splits.count)) return;",
+        "  const int seq_len = seq_lens[seq];\n  const Splits splits(seq_len, window, max_splits, false);\n"
+        "  const int begin = splits.begin(split_index), end = splits.end(split_index);\n"
+        "  if (split_index >= max(1, splits.count)) return;\n  griddepcontrol_wait();\n",
         DECODE,
     ),
     Mutation(
         BLOCKS, "paged_decode.cu", "the last split but one merges, before the last is there",
-        "== split.count - 1;",
-        "== split.count - 2;",
+        "== splits.count - 1;",
+        "== splits.count - 2;",
         DECODE,
     ),
     Mutation(

@@ -85,6 +85,27 @@ void ldmatrix_x4(unsigned (&r)[4], const void* row, bool transposed, Site site) 
       site);
 }
 
+unsigned movmatrix_trans(unsigned a, Site site) {
+  struct Operand {
+    unsigned a, d;
+  } operand{a, 0};
+  warp_collective(
+      "movmatrix_trans", 0xffffffffu, &operand,
+      [](void* const operands[32], unsigned) {
+        for (int lane = 0; lane < kWarpSize; ++lane) {
+          const int g = lane / 4, t = lane % 4;
+          unsigned packed = 0;
+          for (int half = 0; half < 2; ++half) {  // row 2t + half, column g
+            const auto& source = *static_cast<const Operand*>(operands[4 * (2 * t + half) + g / 2]);
+            packed |= (source.a >> g % 2 * 16 & 0xffff) << 16 * half;
+          }
+          static_cast<Operand*>(operands[lane])->d = packed;
+        }
+      },
+      site);
+  return operand.d;
+}
+
 void cp_async_16(void* dst, const void* src, bool valid) {
   ENTER();
   if (uintptr_t(dst) % 16) fail("cp.async: the destination is not 16-byte aligned");

@@ -98,6 +98,13 @@ def test_ldmatrix_gives_the_fragments_of_mma(load, dtype, transposed, rng):
     assert_close(d, a.astype(np.float64) @ b.astype(np.float64), rtol=2.0**-24)
 
 
+def test_movmatrix_transposes(load):
+    x = np.arange(64, dtype=np.uint16).reshape(8, 8)
+    out = np.zeros_like(x)
+    load("transpose")((1,), (32,), (out, x))
+    assert np.array_equal(out, x.T)
+
+
 @pytest.mark.parametrize("num_tiles", [1, 2, 3, 7])
 def test_asynchronous_copies(load, num_tiles, rng):
     x = rng.standard_normal((num_tiles, 128)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""paged_decode.cu against attention in float64, over a shuffled, NaN-poisoned cache."""
+"""paged_decode.cu and paged_decode_sm90.cu against attention in float64, over a shuffled, NaN-poisoned cache."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from host_device import H100
 
 from attention_tools import assert_teeth, attention_reference, pack_qkv, pointed_query
+from cupaged.backends.cuda import probe
 from cupaged.kernels import paged_decode as paged_decode_module
+from cupaged.kernels import paged_decode_sm90 as paged_decode_sm90_module
 from cupaged.kernels.checks import BFLOAT16, FLOAT16
-from cupaged.kernels.paged_decode import MIN_SPLIT, decode_workspace_size, max_splits, paged_decode
+from cupaged.kernels.device import device_info, set_device_info
+from cupaged.kernels.paged_decode import KERNELS, MIN_SPLIT, decode_workspace_size, max_splits, paged_decode
+from cupaged.kernels.paged_decode_sm90 import KERNELS_SM90
 from cupaged.memory.arena import KVLayout
 from kernel_tools import HostRunner, PagedCache, assert_close, is_poison, poisoned, stored_rows
 
@@ -74,7 +79,33 @@ CASES = [
     Case(64, 32, 1, 2, (MIN_SPLIT, MIN_SPLIT + 1, 3 * MIN_SPLIT + 40), window=MIN_SPLIT),
     Case(256, 16, 1, 2, (97, 350), window=45),
     Case(80, 64, 1, 2, (65, 200), window=1000),
+    # on Hopper: more sequences than a warp looks at together, and each block size for both sizes of a warp's tile
+    Case(64, 16, 1, 2, (*range(0, 66, 2), 300, *range(1, 67, 3)), window=40),
+    *(Case(128, block_size, 1, 5, (45, 0, 301), window) for block_size in (8, 16, 32, 64) for window in (0, 29)),
+    *(Case(64, block_size, 1, 5, (45, 0, 301), dtype=FLOAT16) for block_size in (8, 16, 32, 64)),
+    # there 8 heads or 16 share a pass over the keys
+    *(Case(head_dim, 16, 1, group, (300, 31), dtype=FLOAT16) for head_dim in (64, 128) for group in (8, 9, 13)),
+    Case(128, 16, 2, 16, (270,)),
 ]
+
+# The cases, with the portable kernels and, for the head_dims that have one, with Hopper's own.
+CASES_AND_KERNELS = [
+    pytest.param(case, kernels, id=f"{tier}-{case}", marks=marks)
+    for tier, kernels, marks in (("portable", KERNELS, ()), ("sm90", KERNELS_SM90, pytest.mark.sm90))
+    for case in CASES
+    if tier == "portable" or KERNELS_SM90[case.head_dim] is not KERNELS[case.head_dim]
+]
+both_tiers = pytest.mark.parametrize(
+    "kernels", [pytest.param(KERNELS, id="portable"), pytest.param(KERNELS_SM90, id="sm90", marks=pytest.mark.sm90)]
+)
+
+
+@pytest.fixture(autouse=True)
+def few_multiprocessors():
+    """Two: where thread blocks take work in turns, each gets several items."""
+    set_device_info(replace(device_info() if probe().usable else H100, num_sms=2))
+    yield
+    set_device_info(None)
 
 
 def spots(seq_len: int, window: int) -> list[int]:
@@ -128,12 +159,12 @@ def run(runner, case: Case, cache: PagedCache, query, workspace, /, seqs=None, *
     return runner.host(out)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_the_formula(runner, rng, case):
+@pytest.mark.parametrize(("case", "kernels"), CASES_AND_KERNELS)
+def test_matches_the_formula(runner, rng, case, kernels):
     cache = make_cache(runner, rng, case)
     query = make_query(rng, case, cache)
 
-    out = run(runner, case, cache, query, make_workspace(runner, case))
+    out = run(runner, case, cache, query, make_workspace(runner, case), kernels=kernels)
 
     results = []
     for seq, seq_len in enumerate(case.seq_lens):
@@ -149,15 +180,16 @@ def test_matches_the_formula(runner, rng, case):
     assert_teeth(expected[filled], bound[filled])
 
 
+@both_tiers
 @pytest.mark.parametrize("window", [0, 333])
-def test_a_sequence_gives_the_same_bits_in_any_batch(runner, rng, window):
+def test_a_sequence_gives_the_same_bits_in_any_batch(runner, rng, window, kernels):
     case = Case(64, 16, 2, 4, (1000, 0, 77, 1400, 256), window)
     cache = make_cache(runner, rng, case)
     query = make_query(rng, case, cache)
     workspace = make_workspace(runner, case)
 
-    together = run(runner, case, cache, query, workspace)
-    backwards = run(runner, case, cache, query, workspace, seqs=[4, 3, 2, 1, 0])
+    together = run(runner, case, cache, query, workspace, kernels=kernels)
+    backwards = run(runner, case, cache, query, workspace, seqs=[4, 3, 2, 1, 0], kernels=kernels)
     long_batch = run(
         runner,
         case,
@@ -166,12 +198,14 @@ def test_a_sequence_gives_the_same_bits_in_any_batch(runner, rng, window):
         make_workspace(runner, case, 5, 5000),
         block_tables=wide_tables(runner, cache),
         max_seq_len=5000,
+        kernels=kernels,
     )
 
     assert backwards[::-1].tobytes() == together.tobytes()
     assert long_batch.tobytes() == together.tobytes()
     for seq in range(len(case.seq_lens)):
-        assert run(runner, case, cache, query, workspace, seqs=[seq]).tobytes() == together[seq].tobytes(), seq
+        alone = run(runner, case, cache, query, workspace, seqs=[seq], kernels=kernels)
+        assert alone.tobytes() == together[seq].tobytes(), seq
 
 
 def wide_tables(runner, cache: PagedCache):
@@ -180,37 +214,41 @@ def wide_tables(runner, cache: PagedCache):
     return runner.array(np.pad(tables, ((0, 0), (0, 5000 // 8)), constant_values=0x7FFFFFFF))
 
 
-def test_launches_share_a_workspace(runner, rng):
+@both_tiers
+def test_launches_share_a_workspace(runner, rng, kernels):
     """Small batches and large ones in turn: what one leaves in the workspace suits the next."""
     case = Case(64, 16, 2, 4, (600, 300, 900))
     cache = make_cache(runner, rng, case)
     query = make_query(rng, case, cache)
-    fresh = run(runner, case, cache, query, make_workspace(runner, case))
+    fresh = run(runner, case, cache, query, make_workspace(runner, case), kernels=kernels)
     shared = make_workspace(runner, case, num_seqs=8)
 
     for seqs in ([0, 1, 2], [2], [1, 0], [2], [0, 1, 2]):
-        assert run(runner, case, cache, query, shared, seqs).tobytes() == fresh[seqs].tobytes()
+        out = run(runner, case, cache, query, shared, seqs, kernels=kernels)
+        assert out.tobytes() == fresh[seqs].tobytes()
 
 
-def test_leaves_the_other_sequences_alone(runner, rng):
+@both_tiers
+def test_leaves_the_other_sequences_alone(runner, rng, kernels):
     case = Case(64, 16, 1, 4, (300, 20, 50))
     cache = make_cache(runner, rng, case)
     query = make_query(rng, case, cache)
-    alone = run(runner, case, cache, query, make_workspace(runner, case), seqs=[0, 1])
+    alone = run(runner, case, cache, query, make_workspace(runner, case), seqs=[0, 1], kernels=kernels)
 
-    out = run(runner, case, cache, query, make_workspace(runner, case), num_decodes=2)
+    out = run(runner, case, cache, query, make_workspace(runner, case), num_decodes=2, kernels=kernels)
 
     assert out[:2].tobytes() == alone.tobytes()
     assert is_poison(out[2]).all()
 
 
-def test_scores_that_overflow_without_the_maximum(runner, rng):
+@both_tiers
+def test_scores_that_overflow_without_the_maximum(runner, rng, kernels):
     """Scores in the thousands: 2^score is far beyond float32, the softmax isn't."""
     case = Case(64, 16, 1, 4, (300,))
     cache = make_cache(runner, rng, case)
     query = (40 * make_query(rng, case, cache).astype(np.float32)).astype(case.dtype)
 
-    out = run(runner, case, cache, query, make_workspace(runner, case))
+    out = run(runner, case, cache, query, make_workspace(runner, case), kernels=kernels)
 
     expected, bound = attention_reference(query[0], cache.keys[0], cache.values[0], sm_scale=case.head_dim**-0.5)
     assert_close(out, expected.reshape(out.shape), atol=bound.reshape(out.shape))
@@ -326,6 +364,9 @@ def test_the_workspace_stays_bounded():
 
 
 def test_every_instantiation_is_tried():
-    tried = {paged_decode_module.kernel_name(case.dtype, case.head_dim) for case in CASES}
-    assert tried == set(paged_decode_module.instantiations())
+    cases = [param.values for param in CASES_AND_KERNELS]
+    tried = {kernels[case.head_dim](case.dtype, case.head_dim, case.group) for case, kernels in cases}
+    tried = {(kernel.file, name) for kernel in tried for name in (kernel.name, kernel.merge_name) if name}
+    modules = (paged_decode_module, paged_decode_sm90_module)
+    assert tried == {pair for module in modules for pair in module.instantiations()}
     assert {case.block_size for case in CASES} == {8, 16, 32, 64}

@@ -27,6 +27,10 @@ inline void ldmatrix_x4_trans(unsigned (&r)[4], const void* row, host::Site site
   host::ldmatrix_x4(r, row, true, site);
 }
 
+inline unsigned movmatrix_trans(unsigned a, host::Site site = host::Site::here()) {
+  return host::movmatrix_trans(a, site);
+}
+
 template <typename T>
 inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
                          host::Site site = host::Site::here());

@@ -54,6 +54,7 @@ void atomic_write(void* address, const void* value, unsigned size);
 enum class HalfType { kHalf, kBFloat16 };
 void mma_m16n8k16(HalfType type, float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Site site);
 void ldmatrix_x4(unsigned (&r)[4], const void* row, bool transposed, Site site);
+unsigned movmatrix_trans(unsigned a, Site site);
 void cp_async_16(void* dst, const void* src, bool valid);
 void cp_async_commit_group();
 void cp_async_wait_group(int pending);
