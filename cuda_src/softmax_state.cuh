@@ -64,18 +64,6 @@ __device__ __forceinline__ SoftmaxState merge_parts(float (&out)[4], const Softm
   return merged;
 }
 
-// Whether this thread block is the last of `count` to call this with `counter`, which is 0 before and after; then it sees
-// what the others have written before their calls. For all threads of the block, after which shared memory is free.
-__device__ __forceinline__ bool is_last_to_arrive(int* counter, int count) {
-  __threadfence();  // this thread's results before its arrival
-  __syncthreads();
-  const bool last = threadIdx.x == 0 && atomicAdd(counter, 1) == count - 1;
-  if (!__syncthreads_or(last)) return false;
-  __threadfence();  // the others' results after their arrivals
-  if (threadIdx.x == 0) *counter = 0;  // for the next launch
-  return true;
-}
-
 // The same of a whole row by a warp, for at most 32 parts: lane l gets columns kColumns * l ..+kColumns-1 (at multiples of
 // their size). Sums go in the order of a warp's reduction and of the parts.
 template <int kBatch,  // parts that are loaded together
@@ -112,6 +100,18 @@ __device__ __forceinline__ SoftmaxState merge_row(float (&out)[kColumns], const 
     }
   }
   return merged;
+}
+
+// Whether this thread block is the last of `count` to call this with `counter`, which is 0 before and after; then it sees
+// what the others have written before their calls. For all threads of the block, after which shared memory is free.
+__device__ __forceinline__ bool is_last_to_arrive(int* counter, int count) {
+  __threadfence();  // this thread's results before its arrival
+  __syncthreads();
+  const bool last = threadIdx.x == 0 && atomicAdd(counter, 1) == count - 1;
+  if (!__syncthreads_or(last)) return false;
+  __threadfence();  // the others' results after their arrivals
+  if (threadIdx.x == 0) *counter = 0;  // for the next launch
+  return true;
 }
 
 #endif  // CUPAGED_SOFTMAX_STATE_CUH

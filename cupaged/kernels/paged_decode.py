@@ -10,6 +10,7 @@ import numpy as np
 
 from cupaged.kernels.checks import C_TYPE, HALF_TYPES, ceil_div, check, check_that
 from cupaged.kernels.compile import load_kernel
+from cupaged.kernels.device import device_info
 from cupaged.kernels.paged_attention import MAX_GRID_YZ, check_attention, kernel_window, softmax_scale
 from cupaged.kernels.paged_kv import paged_kv
 
@@ -33,8 +34,8 @@ class DecodeKernel(NamedTuple):
     tile_rows: int  # query heads of one kv head that share its keys
     num_threads: int
     shared_bytes: int
-    # Where thread blocks take all work in turns: how many, and the kernel that merges the splits afterwards.
-    num_blocks: int = 0
+    # Where thread blocks take all work in turns: how many a multiprocessor holds, and the kernel that merges splits.
+    blocks_an_sm: int = 0
     merge_name: str = ""
 
 
@@ -68,6 +69,13 @@ def max_splits(num_kv_heads: int) -> int:
 def _num_splits(num_kv_heads: int, max_seq_len: int) -> int:
     """The most parts that a sequence of up to max_seq_len tokens is split into."""
     return max(1, min(max_splits(num_kv_heads), ceil_div(max_seq_len, MIN_SPLIT)))
+
+
+def _num_blocks(blocks_an_sm: int, num_sms: int) -> int:
+    """Thread blocks that take all work in turns: as many as the GPU holds, less what is over the most even number. Long
+    sequences have TARGET_THREAD_BLOCKS pieces with most numbers of kv heads."""
+    capacity = blocks_an_sm * num_sms
+    return capacity - capacity % TARGET_THREAD_BLOCKS or capacity
 
 
 def decode_workspace_size(
@@ -154,7 +162,7 @@ def paged_decode(
         launch(grid, (kernel.num_threads,), (*arrays, counters, *sizes), shared_mem=kernel.shared_bytes)
         return
     args = (*arrays, *sizes, np.int32(num_decodes), np.int32(num_splits))
-    grid = (min(math.prod(grid), kernel.num_blocks),)
+    grid = (min(math.prod(grid), _num_blocks(kernel.blocks_an_sm, device_info().num_sms)),)
     launch(grid, (kernel.num_threads,), args, shared_mem=kernel.shared_bytes)
     if num_splits > 1:
         args = (

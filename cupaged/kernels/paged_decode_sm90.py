@@ -7,21 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from cupaged.kernels.checks import C_TYPE, HALF_TYPES
-from cupaged.kernels.device import device_info
-from cupaged.kernels.paged_decode import KERNELS, MERGE_WARPS, TARGET_THREAD_BLOCKS, DecodeKernel
+from cupaged.kernels.paged_decode import KERNELS, MERGE_WARPS, DecodeKernel
 
 NUM_WARPS = 4
 NUM_SLOTS = 3  # of each warp's ring
 
 # head_dim -> tiles of 16 keys that a warp takes at a step. Two thread blocks' rings, 192 KB, fit a multiprocessor.
 KEY_TILES = {64: 4, 128: 2}
-
-
-def num_blocks(num_sms: int) -> int:
-    """Thread blocks of a launch: two a multiprocessor, less what is over the most even number. Long sequences have
-    TARGET_THREAD_BLOCKS items each with most numbers of kv heads."""
-    capacity = 2 * num_sms
-    return capacity - capacity % TARGET_THREAD_BLOCKS or capacity
 
 
 def decode_kernel(dtype: np.dtype, head_dim: int, group: int) -> DecodeKernel:
@@ -35,7 +27,7 @@ def decode_kernel(dtype: np.dtype, head_dim: int, group: int) -> DecodeKernel:
         num_threads=32 * NUM_WARPS,
         # The rings, for each warp a head of each warp with its state, a barrier a slot.
         shared_bytes=ring + NUM_WARPS * (NUM_WARPS * (4 * head_dim + 8) + 16) + NUM_WARPS * NUM_SLOTS * 8,
-        num_blocks=num_blocks(device_info().num_sms),
+        blocks_an_sm=2,
         merge_name=f"merge_splits<{C_TYPE[dtype]}, {head_dim}, {MERGE_WARPS}>",
     )
 
