@@ -36,10 +36,10 @@ struct PagedRows {
   // Start copying positions first .. first + kKeys - 1 to a tile, by the first kNumThreads threads of the block. Rows
   // outside the range become zeros, and neither their slots nor their block table entries are read: an unused slot may
   // hold NaN, and NaN times a weight of 0 is NaN.
-  template <typename Layout,  // of the tile: TileLayout or alike
-            int kKeys, int kNumThreads, typename scalar_t>
+  template <int kHeadDim, int kKeys, int kNumThreads, typename scalar_t>
   __device__ __forceinline__ void copy(scalar_t* tile, long long part,  // kv.k_offset or kv.v_offset
                                        int first) const {
+    using Layout = TileLayout<kHeadDim>;
     constexpr int kCopies = kKeys * Layout::kChunks;
     const int block_size = 1 << block_shift;
     static_assert(kCopies % kNumThreads == 0, "each thread copies the same number of chunks of a tile");
@@ -50,8 +50,8 @@ struct PagedRows {
       const int key = first + row;
       const int source = min(max(key, begin), end - 1);  // a row that exists: its address is good, if unused
       const scalar_t* block =
-          kv.block<scalar_t, Layout::kChunks * 8>(part, block_table[source >> block_shift], kv_head, block_size);
-      const int offset = chunk_offset<Layout::kChunks * 8>(source & (block_size - 1), chunk, block_size);
+          kv.block<scalar_t, kHeadDim>(part, block_table[source >> block_shift], kv_head, block_size);
+      const int offset = chunk_offset<kHeadDim>(source & (block_size - 1), chunk, block_size);
       cp_async_16(tile + Layout::offset(row, chunk), block + offset, key == source);
     }
   }
@@ -99,8 +99,8 @@ class KVStream {
   __device__ __forceinline__ void load() {
     if (loaded_ < 2 * num_tiles_) {
       const long long part = loaded_ % 2 == 0 ? rows_.kv.k_offset : rows_.kv.v_offset;
-      rows_.copy<TileLayout<kHeadDim>, kKeys, kNumThreads>(ring_ + load_slot_ * kTileSize, part,
-                                                           first_key() + loaded_ / 2 * kKeys);
+      rows_.copy<kHeadDim, kKeys, kNumThreads>(ring_ + load_slot_ * kTileSize, part,
+                                               first_key() + loaded_ / 2 * kKeys);
       ++loaded_;
       load_slot_ = load_slot_ + 1 == kStages ? 0 : load_slot_ + 1;
     }
