@@ -57,6 +57,7 @@ def instantiations() -> Iterator[tuple[str, str]]:
 
 
 KERNELS = dict.fromkeys(TILES, prefill_kernel)
+MAX_ITEMS = 1 << 30  # tiles of rows that a persistent kernel can count; each sequence counts as if it were the longest
 FIRST_SEQ = 9  # the place of first_seq among the kernels' arguments
 
 
@@ -170,6 +171,10 @@ def paged_prefill(
     launch, threads = load_kernel(kernel.file, kernel.name), (kernel.num_threads,)
     if kernel.is_persistent:
         num_items = layout.num_kv_heads * (num_seqs - num_decodes) * num_tiles
+        check_that(
+            num_items < MAX_ITEMS,
+            f"max_query_len: {num_seqs - num_decodes} sequences of {max_query_len} tokens are too many for one launch",
+        )
         num_blocks = num_blocks or device_info().num_sms
         num_splits, images, counters = _shares(workspace, num_items, num_blocks, max_seq_len, kernel)
         grid = (min(num_items * num_splits, num_blocks),)

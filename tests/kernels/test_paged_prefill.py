@@ -386,6 +386,17 @@ def test_refuses_what_does_not_fit(runner, rng, change, message):
         run(runner, GOOD, cache, make_query(rng, GOOD, cache), **change)
 
 
+def test_persistent_kernels_refuse_more_tiles_than_they_can_count(runner, rng):
+    cache = make_cache(runner, rng, GOOD)
+    sizes = {"seq_lens": (40_000,), "block_tables": (40_000, 1), "query_start_loc": (40_001,)}
+    arrays = {name: runner.array(np.zeros(shape, np.int32)) for name, shape in sizes.items()}
+    with pytest.raises(ValueError, match=r"^max_query_len: 40000 sequences of 2000000 tokens are too many"):
+        run(
+            runner, GOOD, cache, make_query(rng, GOOD, cache), **arrays,
+            max_query_len=2_000_000, kernels=KERNELS_SM90,
+        )  # fmt: skip
+
+
 def test_refuses_another_head_dim(runner, rng):
     case = replace(GOOD, head_dim=72)
     cache = make_cache(runner, rng, case)
