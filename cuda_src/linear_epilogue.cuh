@@ -17,7 +17,11 @@ __device__ __forceinline__ bool accumulates(int asked) { return sizeof(out_t) ==
 template <typename out_t>
 __device__ __forceinline__ bool gates(int asked) { return sizeof(out_t) == 2 && asked == kSiluAndMul; }
 
-__device__ __forceinline__ float silu_and_mul(float gate, float up) { return gate / (1.f + expf(-gate)) * up; }
+// By the quick forms of exp and division: with the exact ones linear_sm90 took a third longer for gate and up than for as
+// many plain outputs (an H200, 2,048 rows).
+__device__ __forceinline__ float silu_and_mul(float gate, float up) {
+  return __fdividef(gate, 1.f + __expf(-gate)) * up;
+}
 
 struct alignas(8) Pair {  // neighbours in a row, as an mma leaves them: one 8-byte store
   float first, second;

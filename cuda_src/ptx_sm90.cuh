@@ -125,6 +125,39 @@ __device__ __forceinline__ void tensor_prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
 }
 
+// -- clusters -----------------------------------------------------------------------------------------------
+//
+// With __cluster_dims__(n, 1, 1), n thread blocks that follow each other run at the same time, on neighbouring SMs, and
+// reach into each other's shared memory. Without, each is a cluster of its own, and so they are on the host: a kernel
+// asks how many there are.
+
+__device__ __forceinline__ int cluster_size() {
+  unsigned size;
+  asm("mov.u32 %0, %cluster_nctaid.x;\n" : "=r"(size));
+  return size;
+}
+
+__device__ __forceinline__ int cluster_rank() {  // of this thread block
+  unsigned rank;
+  asm("mov.u32 %0, %cluster_ctarank;\n" : "=r"(rank));
+  return rank;
+}
+
+// A __syncthreads of all threads of the cluster.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;\n" ::: "memory");
+}
+
+// Store a vector of 16 bytes where p points in this thread block's shared memory, but in that of the cluster's thread block
+// of this rank.
+__device__ __forceinline__ void store_at(void* p, int rank, float a, float b, float c, float d) {
+  asm volatile(
+      "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
+      "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};}\n" ::"r"(shared_address(p)),
+      "r"(rank), "f"(a), "f"(b), "f"(c), "f"(d)
+      : "memory");
+}
+
 // -- products of a warpgroup --------------------------------------------------------------------------------
 
 // This thread's writes to shared memory, those of its cp.async that it has waited for included, become visible to
@@ -176,6 +209,8 @@ __device__ __forceinline__ unsigned long long wgmma_transposed(const void* panel
 template <typename T, bool kAccumulate = true>
 __device__ __forceinline__ void wgmma_ss(float (&d)[64], unsigned long long a, unsigned long long b);
 template <typename T, bool kAccumulate = true>
+__device__ __forceinline__ void wgmma_ss(float (&d)[96], unsigned long long a, unsigned long long b);
+template <typename T, bool kAccumulate = true>
 __device__ __forceinline__ void wgmma_ss(float (&d)[128], unsigned long long a, unsigned long long b);
 
 // wgmma_rs: a in registers, each warp its 16 rows as mma_m16n8k16 has them; they too may not be touched until the wait.
@@ -197,6 +232,20 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[64], const unsigned (&a)[4],
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
       "}, %64, %65, accumulate, 1, 1, 0, 0;}\n" \
       : CUPAGED_16(d, 0), CUPAGED_16(d, 16), CUPAGED_16(d, 32), CUPAGED_16(d, 48) \
+      : "l"(a), "l"(b), "n"(int(kAccumulate)))
+#define CUPAGED_WGMMA_N192(type) \
+  asm volatile( \
+      "{.reg .pred accumulate; setp.ne.b32 accumulate, %98, 0; " \
+      "wgmma.mma_async.sync.aligned.m64n192k16.f32." type "." type " {" \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+      "}, %96, %97, accumulate, 1, 1, 0, 0;}\n" \
+      : CUPAGED_16(d, 0), CUPAGED_16(d, 16), CUPAGED_16(d, 32), CUPAGED_16(d, 48), \
+        CUPAGED_16(d, 64), CUPAGED_16(d, 80) \
       : "l"(a), "l"(b), "n"(int(kAccumulate)))
 #define CUPAGED_WGMMA_N256(type) \
   asm volatile( \
@@ -247,6 +296,10 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[64], unsigned long long a, u
   CUPAGED_WGMMA(CUPAGED_WGMMA_N128);
 }
 template <typename T, bool kAccumulate>
+__device__ __forceinline__ void wgmma_ss(float (&d)[96], unsigned long long a, unsigned long long b) {
+  CUPAGED_WGMMA(CUPAGED_WGMMA_N192);
+}
+template <typename T, bool kAccumulate>
 __device__ __forceinline__ void wgmma_ss(float (&d)[128], unsigned long long a, unsigned long long b) {
   CUPAGED_WGMMA(CUPAGED_WGMMA_N256);
 }
@@ -262,9 +315,19 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[64], const unsigned (&a)[4],
 #undef CUPAGED_WGMMA_RS_N128
 #undef CUPAGED_WGMMA_RS_N64
 #undef CUPAGED_WGMMA_N256
+#undef CUPAGED_WGMMA_N192
 #undef CUPAGED_WGMMA_N128
 #undef CUPAGED_16
 #undef CUPAGED_4
+
+// -- warps --------------------------------------------------------------------------------------------------
+
+// Whether this thread is the one of its warp that is chosen; the compiler then knows that it is one. All lanes call it.
+__device__ __forceinline__ bool elect_one() {
+  unsigned chosen;
+  asm volatile("{.reg .pred chosen; elect.sync _|chosen, 0xffffffff; selp.b32 %0, 1, 0, chosen;}\n" : "=r"(chosen));
+  return chosen != 0;
+}
 
 // -- registers ----------------------------------------------------------------------------------------------
 

@@ -45,7 +45,6 @@ from cupaged.kernels.row_slices import row_workspace_size
 from cupaged.kernels.sampler import sample
 from cupaged.kernels.take_tokens import take_tokens
 from cupaged.kernels.tier import SM90_SUFFIX, use_sm90
-from cupaged.kernels.tuning import linear_sm90_fills
 from cupaged.memory.arena import KVArena
 from cupaged.memory.budget import format_bytes
 
@@ -513,18 +512,18 @@ class CudaBackend:
     def linear(
         self, out: Array, x: Array, weight: Array, bias: Array | None = None, *, accumulate: bool = False
     ) -> None:
-        self._linear_kernels(x, weight).linear(out, x, weight, bias, accumulate=accumulate)
+        self._linear_kernels(x).linear(out, x, weight, bias, accumulate=accumulate)
 
     def linear_silu_and_mul(self, out: Array, x: Array, weight: Array) -> None:
-        self._linear_kernels(x, weight).silu_and_mul(out, x, weight)
+        self._linear_kernels(x).silu_and_mul(out, x, weight)
 
-    def _linear_kernels(self, x: Array, weight: Array) -> LinearKernels:
-        """Up to 16 rows, up to 64 and more are summed in three orders (on Hopper in a fourth, where they make enough
-        tiles); on GPUs of one kind, a row has the same results, bit for bit, among batches of each."""
-        num_rows, num_outputs = x.shape[0], weight.shape[0]
+    def _linear_kernels(self, x: Array) -> LinearKernels:
+        """Up to 16 rows, up to 64 and more are summed in three orders (on Hopper, from 65 on in others: up to 128, 256
+        and 512 and above); on GPUs of one kind, a row has the same results, bit for bit, among batches of each."""
+        num_rows = x.shape[0]
         if num_rows <= MAX_ROWS:
             return SMALL
-        if self._sm90 and num_rows >= MIN_ROWS and linear_sm90_fills(num_rows, num_outputs, device_info()):
+        if self._sm90 and num_rows >= MIN_ROWS:
             return SM90
         portable = linear, linear_silu_and_mul
         return LinearKernels(*(functools.partial(kernel, workspace=self._linear_workspace) for kernel in portable))

@@ -1,12 +1,14 @@
 """Which tile for which shape on which GPU: pure functions, to be printed and tested. Launchers obey.
 
 No choice of a tile changes a result: the kernels sum each element in an order that their tiles have no part in. The
-number of splits of k does; it is a function of n, k and the GPU alone for all steps of up to SPLIT_ROWS tokens.
+number of splits of k does; it is a function of n, k and the GPU alone for all steps of up to SPLIT_ROWS tokens, and on
+Hopper for those of each of SPLIT_CLASSES_SM90.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -163,26 +165,47 @@ class LinearSm90Tile:
 
     @property
     def shared_bytes(self) -> int:
-        """The ring at a multiple of 1,024 bytes, 16 rows of 36 floats a multiplying warp, two barriers a stage."""
+        """The ring at a multiple of 1,024 bytes, 16 rows of 16 vectors a multiplying warp, two barriers a stage."""
         ring = self.stages * (self.tile_m + self.tile_n) * LINEAR_TILE_K * 2
-        return 1024 + ring + 8 * 16 * 36 * 4 + self.stages * 2 * 8
+        return 1024 + ring + 8 * 16 * 16 * 16 + self.stages * 2 * 8
 
 
-LINEAR_SM90_TILES = (LinearSm90Tile(tile_n=256, stages=4), LinearSm90Tile(tile_n=128, stages=6))
+class LinearSm90Plan(NamedTuple):
+    tile: LinearSm90Tile
+    num_splits: int  # of k: thread blocks that share a tile
 
 
-def linear_sm90_fills(m: int, n: int, device: DeviceInfo) -> bool:
-    """Whether tiles of 128 x 128 are enough for half of the SMs: with fewer, `linear` was faster (an H200, 128 and 256
-    rows)."""
-    return 2 * ceil_div(m, 128) * ceil_div(n, 128) >= device.num_sms
+_WIDE, _MIDDLE, _NARROW = LinearSm90Tile(256, 4), LinearSm90Tile(192, 4), LinearSm90Tile(128, 6)
+LINEAR_SM90_PLANS = (
+    LinearSm90Plan(_WIDE, 1),
+    LinearSm90Plan(_MIDDLE, 1),
+    LinearSm90Plan(_NARROW, 1),
+    LinearSm90Plan(_NARROW, 2),
+)
+# Where k may be split, which is decided for all m up to one of these, and down to the one before.
+SPLIT_CLASSES_SM90 = (128, 256, 512)
+# As measured on an H200:
+STEP_OUTPUTS = 8  # a step of k takes as long as the products for that many outputs more
+STORING_STEPS = 9  # to start a tile, and to store its sums, takes as long as so many steps
+MERGING_STEPS = 7  # and to exchange them with another split
 
 
 @functools.lru_cache(maxsize=4096)
-def linear_sm90_tile(m: int, n: int, device: DeviceInfo) -> LinearSm90Tile:
-    """The tile with which the busiest SM draws the fewest rows from L2, on the guess that these bound it."""
+def linear_sm90_plan(m: int, n: int, k: int, device: DeviceInfo) -> LinearSm90Plan:
+    """The plan with which the busiest SM is done soonest; on a tie the one with the largest tile."""
+    steps = ceil_div(k, LINEAR_TILE_K)
 
-    def rows(tile: LinearSm90Tile) -> int:
-        num_tiles = ceil_div(m, tile.tile_m) * ceil_div(n, tile.tile_n)
-        return ceil_div(num_tiles, device.num_sms) * (tile.tile_m + tile.tile_n)
+    def cost(plan: LinearSm90Plan, rows: int) -> float:
+        tile, num_splits = plan
+        num_blocks = ceil_div(rows, tile.tile_m) * ceil_div(n, tile.tile_n) * num_splits
+        if num_splits > 1 and (num_blocks > device.num_sms or num_splits > steps):
+            return math.inf  # all thread blocks are to find a place at once
+        tile_steps = ceil_div(steps, num_splits) + STORING_STEPS + MERGING_STEPS * (num_splits - 1)
+        return ceil_div(num_blocks, device.num_sms) * tile_steps * (tile.tile_n + STEP_OUTPUTS)
 
-    return min(LINEAR_SM90_TILES, key=rows)
+    most_rows = next((rows for rows in SPLIT_CLASSES_SM90 if m <= rows), None)
+    num_splits = 1
+    if most_rows is not None:
+        num_splits = min(LINEAR_SM90_PLANS, key=lambda plan: cost(plan, most_rows)).num_splits
+    plans = (plan for plan in LINEAR_SM90_PLANS if plan.num_splits == num_splits)
+    return min(plans, key=lambda plan: cost(plan, m))

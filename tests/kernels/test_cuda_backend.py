@@ -60,7 +60,6 @@ WHOLE_MODELS = [
 def test_whole_models_err_no_more_than_a_plain_implementation(host_build, name, dtype, tier, monkeypatch):
     monkeypatch.setenv("CUPAGED_TIER", tier)
     monkeypatch.setattr(cuda, "MIN_ROWS", MAX_ROWS + 1)  # so that the prompts here are many rows
-    monkeypatch.setattr(cuda, "linear_sm90_fills", lambda *_: True)
     device, loaded = host_build
     expected = np.tile(golden(name)["logits"], (2, 1))
     actual = mixed_steps(new_driver(name, CudaBackend(device, dtype)), name)

@@ -45,6 +45,15 @@ inline void tensor_copy(void* dst, const TensorMap& map, int column, int row, un
 }
 inline void tensor_prefetch(const TensorMap&) {}
 
+// There are no clusters, whatever a kernel is compiled for: every thread block is one of its own.
+inline int cluster_size() { return 1; }
+inline int cluster_rank() { return 0; }
+inline void cluster_sync() { host::block_barrier("cluster_sync", host::Reduce::kNone, 0, {"cluster_sync", 0}); }
+inline void store_at(void* p, int, float a, float b, float c, float d) {
+  float* values = static_cast<float*>(p);
+  values[0] = a, values[1] = b, values[2] = c, values[3] = d;
+}
+
 inline void fence_proxy_async() { host::fence_proxy_async(); }
 inline void wgmma_fence(host::Site site = host::Site::here()) { host::converge("wgmma_fence", site); }
 inline void wgmma_commit_group(host::Site site = host::Site::here()) { host::wgmma_commit_group(site); }
@@ -79,6 +88,11 @@ template <typename T, int kSums>
 inline void wgmma_rs(float (&d)[kSums], const unsigned (&a)[4], unsigned long long b,
                      host::Site site = host::Site::here()) {
   host::wgmma_rs(kHalfType<T>, d, 2 * kSums, a, b, site);
+}
+
+inline bool elect_one(host::Site site = host::Site::here()) {
+  host::converge("elect_one", site);
+  return threadIdx.x % 32 == 0;
 }
 
 template <int kCount>

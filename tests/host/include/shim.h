@@ -12,6 +12,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)  // see cluster_size
 #define __shared__ static  // all of a kernel's static data, so .bss is its static shared memory
 #define __constant__ static const
 #define __align__(n) __attribute__((aligned(n)))
