@@ -169,7 +169,7 @@ def test_a_launch_that_the_driver_refuses_is_an_error(driver, monkeypatch):
 def test_what_overlaps_waits_and_only_hoppers_tier_overlaps(monkeypatch):
     waiting = {path.name for path in SOURCE_DIR.glob("*.cu") if overlaps(path)}
     assert {"embedding.cu", "rms_norm.cu", "linear_small.cu", "rope.cu", "paged_decode.cu"} <= waiting
-    assert not waiting & {"sampler.cu", "copy_blocks.cu"}
+    assert not waiting & {"logits.cu", "copy_blocks.cu"}
 
     cupy = pytest.importorskip("cupy")
     module = SimpleNamespace(get_function=lambda symbol: raw_kernel(1))
@@ -178,7 +178,7 @@ def test_what_overlaps_waits_and_only_hoppers_tier_overlaps(monkeypatch):
     try:
         for tier, file, expected in (
             ("sm90", "rms_norm.cu", True),
-            ("sm90", "sampler.cu", False),
+            ("sm90", "logits.cu", False),
             ("portable", "rms_norm.cu", False),
         ):
             monkeypatch.setenv("CUPAGED_TIER", tier)
