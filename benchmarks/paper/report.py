@@ -463,7 +463,7 @@ def _measured(reports: Sequence[dict[str, Any]]) -> str:
 request is admitted only when a region of the size that it reserves is free as well. Lengths are ShareGPT's of above,
 token ids random, weights random. The cache has the paper's {NUM_SLOTS} slots, so that memory is what requests wait for.
 Throughput counts the requests that end while others wait. Latencies are normalised, in milliseconds for an output
-token, at 70, 90 and 110 % of the policy's own throughput.
+token, at shares of the policy's own throughput.
 
 """
     for content in reports:
