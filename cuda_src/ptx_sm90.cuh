@@ -120,6 +120,16 @@ __device__ __forceinline__ void tensor_copy(void* dst, const TensorMap& map, int
                : "memory");
 }
 
+// The same of what is read once: L2 lets it go before all else.
+__device__ __forceinline__ void tensor_copy_once(void* dst, const TensorMap& map, int column, int row,
+                                                 unsigned long long* barrier) {
+  constexpr unsigned long long kEvictFirst = 0x12f0000000000000;  // as createpolicy.fractional makes it for all bytes
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+               "[%1, {%2, %3}], [%4], %5;\n" ::"r"(shared_address(dst)),
+               "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)), "l"(kEvictFirst)
+               : "memory");
+}
+
 // Fetch the description itself, ahead of the first copy.
 __device__ __forceinline__ void tensor_prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
@@ -155,6 +165,22 @@ __device__ __forceinline__ void store_at(void* p, int rank, float a, float b, fl
       "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
       "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};}\n" ::"r"(shared_address(p)),
       "r"(rank), "f"(a), "f"(b), "f"(c), "f"(d)
+      : "memory");
+}
+
+// All threads of the cluster call both, in this order. Barriers that a thread block has initialised and fenced
+// (mbarrier_init_fence) before cluster_arrive may be used by the others after cluster_wait.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;\n" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;\n" ::: "memory"); }
+
+// Write 16 bytes to where dst lies, but in the shared memory of the cluster's thread block of this rank, and count them
+// at the mbarrier that lies there where this one does. Who has waited for that phase sees them.
+__device__ __forceinline__ void store_async(float* dst, const float (&v)[4], unsigned long long* barrier, int rank) {
+  asm volatile(
+      "{.reg .b32 to, at; mapa.shared::cluster.u32 to, %0, %6; mapa.shared::cluster.u32 at, %1, %6; "
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%2, %3, %4, %5}, [at];}\n" ::"r"(
+          shared_address(dst)),
+      "r"(shared_address(barrier)), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(rank)
       : "memory");
 }
 
@@ -207,6 +233,14 @@ __device__ __forceinline__ unsigned long long wgmma_transposed(const void* panel
 //
 // wgmma_ss: both operands by wgmma_descriptor (b as [kN, 16]).
 template <typename T, bool kAccumulate = true>
+__device__ __forceinline__ void wgmma_ss(float (&d)[4], unsigned long long a, unsigned long long b);
+template <typename T, bool kAccumulate = true>
+__device__ __forceinline__ void wgmma_ss(float (&d)[8], unsigned long long a, unsigned long long b);
+template <typename T, bool kAccumulate = true>
+__device__ __forceinline__ void wgmma_ss(float (&d)[16], unsigned long long a, unsigned long long b);
+template <typename T, bool kAccumulate = true>
+__device__ __forceinline__ void wgmma_ss(float (&d)[32], unsigned long long a, unsigned long long b);
+template <typename T, bool kAccumulate = true>
 __device__ __forceinline__ void wgmma_ss(float (&d)[64], unsigned long long a, unsigned long long b);
 template <typename T, bool kAccumulate = true>
 __device__ __forceinline__ void wgmma_ss(float (&d)[96], unsigned long long a, unsigned long long b);
@@ -222,6 +256,39 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[64], const unsigned (&a)[4],
 
 #define CUPAGED_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define CUPAGED_16(d, i) CUPAGED_4(d, i), CUPAGED_4(d, i + 4), CUPAGED_4(d, i + 8), CUPAGED_4(d, i + 12)
+#define CUPAGED_WGMMA_N8(type) \
+  asm volatile( \
+      "{.reg .pred accumulate; setp.ne.b32 accumulate, %6, 0; " \
+      "wgmma.mma_async.sync.aligned.m64n8k16.f32." type "." type " {" \
+      "%0, %1, %2, %3" \
+      "}, %4, %5, accumulate, 1, 1, 0, 0;}\n" \
+      : CUPAGED_4(d, 0) \
+      : "l"(a), "l"(b), "n"(int(kAccumulate)))
+#define CUPAGED_WGMMA_N16(type) \
+  asm volatile( \
+      "{.reg .pred accumulate; setp.ne.b32 accumulate, %10, 0; " \
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type " {" \
+      "%0, %1, %2, %3, %4, %5, %6, %7" \
+      "}, %8, %9, accumulate, 1, 1, 0, 0;}\n" \
+      : CUPAGED_4(d, 0), CUPAGED_4(d, 4) \
+      : "l"(a), "l"(b), "n"(int(kAccumulate)))
+#define CUPAGED_WGMMA_N32(type) \
+  asm volatile( \
+      "{.reg .pred accumulate; setp.ne.b32 accumulate, %18, 0; " \
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type " {" \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
+      "}, %16, %17, accumulate, 1, 1, 0, 0;}\n" \
+      : CUPAGED_16(d, 0) \
+      : "l"(a), "l"(b), "n"(int(kAccumulate)))
+#define CUPAGED_WGMMA_N64(type) \
+  asm volatile( \
+      "{.reg .pred accumulate; setp.ne.b32 accumulate, %34, 0; " \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
+      "}, %32, %33, accumulate, 1, 1, 0, 0;}\n" \
+      : CUPAGED_16(d, 0), CUPAGED_16(d, 16) \
+      : "l"(a), "l"(b), "n"(int(kAccumulate)))
 #define CUPAGED_WGMMA_N128(type) \
   asm volatile( \
       "{.reg .pred accumulate; setp.ne.b32 accumulate, %66, 0; " \
@@ -292,6 +359,22 @@ constexpr bool kIsHalf<__half> = true;
 #define CUPAGED_WGMMA(product) \
   if constexpr (kIsHalf<T>) product("f16"); else product("bf16")
 template <typename T, bool kAccumulate>
+__device__ __forceinline__ void wgmma_ss(float (&d)[4], unsigned long long a, unsigned long long b) {
+  CUPAGED_WGMMA(CUPAGED_WGMMA_N8);
+}
+template <typename T, bool kAccumulate>
+__device__ __forceinline__ void wgmma_ss(float (&d)[8], unsigned long long a, unsigned long long b) {
+  CUPAGED_WGMMA(CUPAGED_WGMMA_N16);
+}
+template <typename T, bool kAccumulate>
+__device__ __forceinline__ void wgmma_ss(float (&d)[16], unsigned long long a, unsigned long long b) {
+  CUPAGED_WGMMA(CUPAGED_WGMMA_N32);
+}
+template <typename T, bool kAccumulate>
+__device__ __forceinline__ void wgmma_ss(float (&d)[32], unsigned long long a, unsigned long long b) {
+  CUPAGED_WGMMA(CUPAGED_WGMMA_N64);
+}
+template <typename T, bool kAccumulate>
 __device__ __forceinline__ void wgmma_ss(float (&d)[64], unsigned long long a, unsigned long long b) {
   CUPAGED_WGMMA(CUPAGED_WGMMA_N128);
 }
@@ -317,6 +400,10 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[64], const unsigned (&a)[4],
 #undef CUPAGED_WGMMA_N256
 #undef CUPAGED_WGMMA_N192
 #undef CUPAGED_WGMMA_N128
+#undef CUPAGED_WGMMA_N64
+#undef CUPAGED_WGMMA_N32
+#undef CUPAGED_WGMMA_N16
+#undef CUPAGED_WGMMA_N8
 #undef CUPAGED_16
 #undef CUPAGED_4
 

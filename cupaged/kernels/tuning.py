@@ -209,3 +209,70 @@ def linear_sm90_plan(m: int, n: int, k: int, device: DeviceInfo) -> LinearSm90Pl
         num_splits = min(LINEAR_SM90_PLANS, key=lambda plan: cost(plan, most_rows)).num_splits
     plans = (plan for plan in LINEAR_SM90_PLANS if plan.num_splits == num_splits)
     return min(plans, key=lambda plan: cost(plan, m))
+
+
+LINEAR_FEW_ROWS = 64  # of weight that a warpgroup of linear_few_sm90.cu multiplies
+LINEAR_FEW_SPLITS = (1, 2, 4)  # of k, that there are kernels for
+MIN_SPLIT_STEPS = 6  # of 64 columns, that a split has at least: with fewer, merging takes longer than it saves
+MIN_LARGE_WEIGHT = 1 << 24  # elements: linear_small is quicker with less
+
+
+@dataclass(frozen=True)
+class LinearFewTile:
+    """Template arguments of linear_few_sm90.cu."""
+
+    tokens: int  # rows of x
+    groups: int  # warpgroups that multiply
+    stages: int  # of 64 columns of weight and x
+    splits: int  # thread blocks, a cluster, that share k
+
+    @property
+    def rows(self) -> int:
+        """Of weight."""
+        return LINEAR_FEW_ROWS * self.groups
+
+    @property
+    def num_threads(self) -> int:
+        """Those that multiply, and a warp that fetches."""
+        return 128 * self.groups + 32
+
+    @property
+    def shared_bytes(self) -> int:
+        """The ring at a multiple of 1,024 bytes (it begins at one of 128), what other splits send, the barriers."""
+        ring = self.stages * (self.rows + self.tokens) * LINEAR_TILE_K * 2
+        parts = self.rows * self.tokens * 4 if self.splits > 1 else 0
+        return 896 + ring + parts + (2 * self.stages + 1) * 8
+
+
+# At most 113 KB each: a thread block of the next kernel has room beside one and fetches its first weights.
+LINEAR_FEW_TILES = (
+    *(
+        LinearFewTile(tokens, 1, stages, splits)
+        for tokens, stages in ((8, 12), (16, 10), (32, 8), (64, 6))
+        for splits in LINEAR_FEW_SPLITS
+    ),
+    LinearFewTile(tokens=64, groups=2, stages=4, splits=1),  # draws half as much of x from L2
+)
+
+
+def linear_few_splits(n: int, k: int, device: DeviceInfo) -> int:
+    """As few as give nine tenths of the SMs a thread block, if steps are enough. A function of the weight alone, as a
+    row's sums are not to depend on how many others there are."""
+    tiles, steps = ceil_div(n, LINEAR_FEW_ROWS), ceil_div(k, LINEAR_TILE_K)
+    usable = [splits for splits in LINEAR_FEW_SPLITS if splits == 1 or steps >= splits * MIN_SPLIT_STEPS]
+    return next((splits for splits in usable if 10 * tiles * splits >= 9 * device.num_sms), usable[-1])
+
+
+@functools.lru_cache(maxsize=4096)
+def linear_few_tile(m: int, n: int, k: int, device: DeviceInfo) -> LinearFewTile:
+    """As few tokens as hold m; of 64 two warpgroups, where these are tiles enough for all SMs."""
+    splits = linear_few_splits(n, k, device)
+    tokens = next(tile.tokens for tile in LINEAR_FEW_TILES if tile.tokens >= m)
+    fitting = [tile for tile in LINEAR_FEW_TILES if (tile.tokens, tile.splits) == (tokens, splits)]
+    return next((tile for tile in reversed(fitting) if ceil_div(n, tile.rows) >= device.num_sms), fitting[0])
+
+
+def linear_few_beats_small(n: int, k: int, device: DeviceInfo) -> bool:
+    """Whether linear_few_sm90 is quicker than linear_small for up to 16 rows: with large weights that needn't be split
+    in four (an H200)."""
+    return n * k >= MIN_LARGE_WEIGHT and linear_few_splits(n, k, device) <= 2

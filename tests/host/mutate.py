@@ -346,6 +346,55 @@ MUTATIONS = (
         PREFILL,
     ),
     Mutation(
+        HOPPER, "linear_few_sm90.cu", "a stage is filled again before its products are done",
+        "        mbarrier_wait(empty + stage, (step / kStages - 1) % 2);\n",
+        "",
+        ("linear_few_sm90",),
+    ),
+    Mutation(
+        HOPPER, "linear_few_sm90.cu", "products begin before their stage has arrived",
+        "      mbarrier_wait(full + stage, step / kStages % 2);\n",
+        "",
+        ("linear_few_sm90",),
+    ),
+    Mutation(
+        HOPPER, "linear_few_sm90.cu", "a stage is given back while its products are under way",
+        "      wgmma_wait_group<0>();  // at once: a stage that is not released is not on its way\n"
+        "      if (lane == 0) mbarrier_arrive(empty + stage);\n",
+        "      if (lane == 0) mbarrier_arrive(empty + stage);\n      wgmma_wait_group<0>();\n",
+        ("linear_few_sm90",),
+    ),
+    Mutation(
+        HOPPER, "linear_few_sm90.cu", "results are staged while another warp's products are under way",
+        "  __syncthreads();  // all products are done: results may be staged where the ring was\n",
+        "",
+        ("linear_few_sm90",),
+    ),
+    Mutation(
+        HOPPER, "linear_few_sm90.cu", "the second warpgroup multiplies the first one's rows",
+        "wgmma_descriptor(weights + warp / 4 * 64 * kTileK)",
+        "wgmma_descriptor(weights)",
+        ("linear_few_sm90",),
+    ),
+    Mutation(
+        INDEX, "linear_few_sm90.cu", "each thread block of a cluster stores the first one's rows",
+        "tile * kRows + owner * kOwnRows",
+        "tile * kRows",
+        ("linear_few_sm90",),
+    ),
+    Mutation(
+        INDEX, "linear_few_sm90.cu", "warps that share a unit's tokens all add up the first ones",
+        "const int vec = sharer * kOwnVecs + i;",
+        "const int vec = i;",
+        ("linear_few_sm90",),
+    ),
+    Mutation(
+        EDGE, "linear_few_sm90.cu", "the last tokens' sums are not sent",
+        "ceil_div(m, 8) * kWarpSize * 16",
+        "(m / 8) * kWarpSize * 16",
+        ("linear_few_sm90",),
+    ),
+    Mutation(
         HOPPER, "linear_sm90.cu", "a stage is filled again before its products are done",
         "          mbarrier_wait(empty + place.stage, place.parity ^ 1);\n"
         "          mbarrier_arrive_expect_tx(full + place.stage, num_boxes",

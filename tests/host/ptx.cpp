@@ -322,6 +322,17 @@ void land(const EngineCopy& copy) {
   update(copy.barrier, value);
 }
 
+void store_async(float* dst, const float (&v)[4], void* barrier) {
+  ENTER();
+  if (uintptr_t(dst) % sizeof v) fail("st.async: the destination is not 16-byte aligned");
+  access(dst, sizeof v, Access::kWrite);
+  memcpy(dst, v, sizeof v);
+  access(barrier, sizeof(Mbarrier), Access::kRead);
+  Mbarrier value = load_mbarrier(barrier);
+  value.num_bytes = value.num_bytes - unsigned(sizeof v);
+  update(barrier, value);
+}
+
 void fence_proxy_async() {
   for (unsigned char* dst : current->unfenced) fence_copy(dst);
   current->unfenced.clear();

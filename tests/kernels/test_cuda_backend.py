@@ -30,7 +30,6 @@ from cupaged.engine.sequence import Request
 from cupaged.errors import DeviceError, OutOfMemoryError
 from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32, HALF_TYPES
 from cupaged.kernels.device import DeviceInfo, set_device_info
-from cupaged.kernels.linear_small import MAX_ROWS
 from cupaged.kernels.tier import use_sm90
 from cupaged.memory.arena import KVArena, KVLayout
 from cupaged.sampling_params import SamplingParams
@@ -59,7 +58,7 @@ WHOLE_MODELS = [
 @pytest.mark.parametrize(("host_build", "name", "dtype", "tier"), WHOLE_MODELS, indirect=["host_build"])
 def test_whole_models_err_no_more_than_a_plain_implementation(host_build, name, dtype, tier, monkeypatch):
     monkeypatch.setenv("CUPAGED_TIER", tier)
-    monkeypatch.setattr(cuda, "MIN_ROWS", MAX_ROWS + 1)  # so that the prompts here are many rows
+    monkeypatch.setattr(cuda, "MIN_ROWS", 33)  # so that the longest prompt here is many rows
     device, loaded = host_build
     expected = np.tile(golden(name)["logits"], (2, 1))
     actual = mixed_steps(new_driver(name, CudaBackend(device, dtype)), name)
@@ -75,9 +74,27 @@ def test_whole_models_err_no_more_than_a_plain_implementation(host_build, name, 
 
     assert loaded <= set(needed_kernels(dtype, 64, sm90=tier == "sm90"))
     used = {file for file, _ in loaded}
-    suffix = {"portable": ".cu", "sm90": "_sm90.cu"}[tier]
-    of_tier = {name + suffix for name in ("linear", "paged_decode", "paged_prefill")}
-    assert used == {"embedding.cu", "linear_small.cu", "rms_norm.cu", "rope.cu"} | of_tier
+    large = {
+        "portable": {"linear.cu", "paged_decode.cu", "paged_prefill.cu"},
+        "sm90": {"linear_few_sm90.cu", "linear_sm90.cu", "paged_decode_sm90.cu", "paged_prefill_sm90.cu"},
+    }[tier]
+    assert used == {"embedding.cu", "linear_small.cu", "rms_norm.cu", "rope.cu"} | large
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (576, 576)])
+def test_orders_of_summation_change_between_classes_of_rows_only(backend, shape, monkeypatch):
+    weight = np.broadcast_to(BFLOAT16.type(0), shape)
+
+    def classes() -> list[int]:
+        kernels = [
+            backend._linear_kernels(np.broadcast_to(BFLOAT16.type(0), (m, shape[1])), weight) for m in range(1, 70)
+        ]
+        names = [getattr(linear, "func", linear).__name__ for linear, _ in kernels]
+        return [m + 1 for m in range(1, 69) if names[m] != names[m - 1]]
+
+    assert classes() == [17]
+    monkeypatch.setattr(backend, "_sm90", True)
+    assert classes() == ([65] if shape == (4096, 4096) else [17, 65])
 
 
 def deep_tensors(config: ModelConfig, dtype) -> dict[str, np.ndarray]:

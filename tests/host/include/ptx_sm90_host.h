@@ -43,6 +43,10 @@ inline void tensor_copy(void* dst, const TensorMap& map, int column, int row, un
   const auto* src = reinterpret_cast<const unsigned char*>(map.opaque[0]);
   host::tensor_copy(dst, src, int(map.opaque[1]), int(map.opaque[2]), int(map.opaque[3]), column, row, barrier, site);
 }
+inline void tensor_copy_once(void* dst, const TensorMap& map, int column, int row, unsigned long long* barrier,
+                             host::Site site = host::Site::here()) {
+  tensor_copy(dst, map, column, row, barrier, site);
+}
 inline void tensor_prefetch(const TensorMap&) {}
 
 // There are no clusters, whatever a kernel is compiled for: every thread block is one of its own.
@@ -52,6 +56,11 @@ inline void cluster_sync() { host::block_barrier("cluster_sync", host::Reduce::k
 inline void store_at(void* p, int, float a, float b, float c, float d) {
   float* values = static_cast<float*>(p);
   values[0] = a, values[1] = b, values[2] = c, values[3] = d;
+}
+inline void cluster_arrive() {}
+inline void cluster_wait() {}
+inline void store_async(float* dst, const float (&v)[4], unsigned long long* barrier, int) {
+  host::store_async(dst, v, barrier);
 }
 
 inline void fence_proxy_async() { host::fence_proxy_async(); }

@@ -1,0 +1,181 @@
+"""linear_few_sm90.cu against the formula in float64, and the choice of its tiles.
+
+Splits are clusters, which the host build doesn't have: there the thread blocks of one multiply all of k each, and share
+out the rows that they store. The sums of splits run on a GPU only.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from linear_tools import (
+    H100,
+    SIZES,
+    assert_gated_matches_formula,
+    assert_matches_formula,
+    gate_and_up,
+    gated,
+    guarded,
+    operands,
+    residual,
+    run,
+)
+
+from cupaged.kernels import linear_few_sm90 as linear_few_sm90_module
+from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32, HALF_TYPES, ceil_div
+from cupaged.kernels.linear_few_sm90 import MAX_ROWS, linear_few_sm90, linear_few_sm90_silu_and_mul
+from cupaged.kernels.tuning import (
+    LINEAR_FEW_SPLITS,
+    LINEAR_FEW_TILES,
+    LinearFewTile,
+    linear_few_beats_small,
+    linear_few_splits,
+    linear_few_tile,
+)
+from kernel_tools import poisoned
+
+pytestmark = pytest.mark.sm90
+
+
+def tile_id(tile: LinearFewTile) -> str:
+    return f"{tile.rows}x{tile.tokens}-by-{tile.splits}"
+
+
+def cases():
+    """Tokens and rows of weight around the tile's edges; k from one chunk of 8, where some splits have no step, to more
+    steps than the ring has. The types take turns, so that each kernel is built for few of them."""
+    for i, tile in enumerate(LINEAR_FEW_TILES):
+        dtype, out_dtype = [(BFLOAT16, BFLOAT16), (FLOAT16, FLOAT32)][i % 2]
+        for m, n, k, with_bias in (
+            (1, 1, 8, True),
+            (tile.tokens, tile.rows, 64 * tile.splits, False),
+            (tile.tokens - 1, tile.rows + 1, 328, True),
+            (tile.tokens // 2 + 1, 2 * tile.rows - 8, 64 * (tile.stages + 3) * tile.splits + 24, False),
+        ):
+            yield pytest.param(m, n, k, dtype, out_dtype, with_bias, tile, id=f"{tile_id(tile)}-{m}x{n}x{k}")
+
+
+SMALLEST, HALVED = LINEAR_FEW_TILES[0], LINEAR_FEW_TILES[4]
+WIDE = LINEAR_FEW_TILES[-1]
+
+
+@pytest.mark.parametrize(("m", "n", "k", "dtype", "out_dtype", "with_bias", "tile"), list(cases()))
+def test_matches_the_formula(runner, rng, m, n, k, dtype, out_dtype, with_bias, tile):
+    x, weight, bias = operands(rng, m, n, k, dtype, with_bias)
+    assert_matches_formula(run(runner, linear_few_sm90, x, weight, bias, out_dtype, tile), x, weight, bias)
+
+
+@pytest.mark.parametrize("tile", [SMALLEST, HALVED, WIDE], ids=tile_id)
+@pytest.mark.parametrize(("m", "n", "k"), [(5, 100, 200), (8, 131, 456)])  # rows of whole 16 bytes and of less
+def test_products_are_added_to_what_out_holds(runner, rng, m, n, k, tile):
+    x, weight, bias = operands(rng, m, n, k, FLOAT16, True)
+    added_to = residual(rng, m, n)
+    out = run(runner, linear_few_sm90, x, weight, bias, FLOAT32, tile, added_to)
+    assert_matches_formula(out, x, weight, bias, added_to)
+    assert np.array_equal(out, added_to + run(runner, linear_few_sm90, x, weight, bias, FLOAT32, tile))
+
+
+@pytest.mark.parametrize("tile", LINEAR_FEW_TILES, ids=tile_id)
+def test_silu_and_mul_of_products_match_the_formula(runner, rng, tile):
+    for m, n, k in ((tile.tokens, tile.rows // 2, 64), (tile.tokens - 1, tile.rows // 2 + 8, 520), (1, 31, 72)):
+        x, gate, up = gate_and_up(rng, m, n, k, HALF_TYPES[tile.splits % 2])
+        assert_gated_matches_formula(gated(runner, linear_few_sm90_silu_and_mul, x, gate, up, tile), x, gate, up)
+
+
+@pytest.mark.parametrize("splits", LINEAR_FEW_SPLITS)
+def test_the_same_bits_in_every_batch_and_tile(runner, rng, splits):
+    x, weight, bias = operands(rng, 64, 200, 64 * 9 + 8, BFLOAT16, True)
+    tiles = [tile for tile in LINEAR_FEW_TILES if tile.splits == splits]
+    together = run(runner, linear_few_sm90, x, weight, bias, BFLOAT16, tiles[-1])
+    for tile in tiles:
+        for rows in (slice(1), slice(63, 64), slice(3, 3 + tile.tokens)):
+            alone = run(runner, linear_few_sm90, x[rows], weight, bias, BFLOAT16, tile)
+            assert np.array_equal(alone, together[rows])
+
+
+@pytest.mark.parametrize("tile", [SMALLEST, HALVED], ids=tile_id)
+def test_nan_and_infinity_stay_in_their_row_and_column(runner, rng, tile):
+    x, weight, bias = operands(rng, 7, 140, 72, BFLOAT16, True)
+    x[3, 71] = np.nan
+    weight[20, 0] = np.inf
+    out = run(runner, linear_few_sm90, x, weight, bias, BFLOAT16, tile).astype(np.float64)
+    assert np.isnan(out[3]).all()
+    others = np.delete(out, 3, axis=0)
+    assert (np.isinf(others[:, 20])).all()
+    assert np.isfinite(np.delete(others, 20, axis=1)).all()
+
+
+@pytest.mark.parametrize("tile", [SMALLEST, HALVED], ids=tile_id)
+def test_what_lies_around_the_operands_has_no_influence(runner, rng, tile):
+    x, weight, bias = operands(rng, 7, 37, 72, BFLOAT16, True)
+    around = [guarded(runner, values)[0] for values in (x, weight, bias)]
+    out = runner.array(poisoned((7, 37), BFLOAT16))
+    linear_few_sm90(out, *around, tile=tile)
+    assert np.array_equal(runner.host(out), run(runner, linear_few_sm90, x, weight, bias, BFLOAT16, tile))
+
+
+@pytest.mark.parametrize(("m", "n"), [(0, 5), (5, 0)])
+def test_empty_operands_launch_nothing(m, n):
+    linear_few_sm90(np.full((m, n), np.nan, BFLOAT16), np.zeros((m, 16), BFLOAT16), np.zeros((n, 16), BFLOAT16))
+
+
+def test_bad_operands_are_named():
+    out, x, weight = (np.zeros(shape, BFLOAT16) for shape in ((4, 8), (4, 16), (8, 16)))
+    with pytest.raises(ValueError, match="x: dtype must be bfloat16 or float16"):
+        linear_few_sm90(out, x.astype(FLOAT32), weight)
+    with pytest.raises(ValueError, match="out: dtype must be float32; got bfloat16"):
+        linear_few_sm90(out, x, weight, accumulate=True)
+    with pytest.raises(ValueError, match=r"out: expected shape \(4, 4\)"):
+        linear_few_sm90_silu_and_mul(out, x, weight)
+    with pytest.raises(ValueError, match="x: linear_few_sm90 takes at most 64 rows; got 65, use linear_sm90"):
+        linear_few_sm90(np.zeros((65, 8), BFLOAT16), np.zeros((65, 16), BFLOAT16), weight)
+    with pytest.raises(ValueError, match="tile: 8 tokens are too few for the 9 rows of x"):
+        linear_few_sm90(np.zeros((9, 8), BFLOAT16), np.zeros((9, 16), BFLOAT16), weight, tile=SMALLEST)
+
+
+def test_two_thread_blocks_fit_an_sm_and_all_are_shipped():
+    names = {name for _, name in linear_few_sm90_module.instantiations()}
+    assert len(names) == 2 * 2 * len(LINEAR_FEW_TILES)
+    for tile in LINEAR_FEW_TILES:
+        assert 2 * (tile.shared_bytes + 1024) <= H100.max_shared_bytes + 1024  # CUDA takes 1,024 bytes of each
+        assert f"linear_few_sm90<__half, float, {tile.tokens}, {tile.groups}, {tile.stages}, {tile.splits}>" in names
+
+
+def test_chosen_tiles_hold_the_tokens_and_split_by_the_weight_alone():
+    for n in SIZES:
+        for k in (8, 64, 576, 1536, 4096, 14336):
+            splits = linear_few_splits(n, k, H100)
+            assert splits == 1 or ceil_div(k, 64) >= 6 * splits
+            assert splits == 1 or ceil_div(n, 64) * splits / 2 < 0.9 * H100.num_sms
+            for m in range(1, MAX_ROWS + 1):
+                tile = linear_few_tile(m, n, k, H100)
+                assert tile.splits == splits
+                assert m <= tile.tokens < max(2 * m, 9)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "splits"),
+    [
+        (4096, 4096, 2),  # 64 tiles: 128 thread blocks
+        (6144, 4096, 2),  # 96 tiles are too few, and twice as many have room side by side
+        (28672, 4096, 1),
+        (2048, 8192, 4),
+        (960, 576, 1),  # 9 steps: too few to be split
+    ],
+)
+def test_splits_for_shape(n, k, splits):
+    assert linear_few_splits(n, k, H100) == splits
+
+
+def test_two_warpgroups_where_they_leave_no_sm_without_a_tile():
+    assert linear_few_tile(64, 28672, 4096, H100).groups == 2
+    assert linear_few_tile(32, 28672, 4096, H100).groups == 1
+    assert linear_few_tile(64, 8448, 64, H100).groups == 1
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "expected"),
+    [(4096, 4096, True), (4096, 14336, True), (128256, 4096, True), (2048, 8192, False), (3072, 2048, False)],
+)
+def test_whether_large_weights_leave_linear_small(n, k, expected):
+    assert linear_few_beats_small(n, k, H100) is expected
