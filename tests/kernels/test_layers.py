@@ -23,6 +23,7 @@ from cupaged.kernels.rms_norm import rms_norm
 from cupaged.kernels.tensor_map import TENSOR_MAP, tensor_map
 from cupaged.memory.arena import KVArena, KVLayout
 from cupaged.models.parameters import LayerWeights
+from host.build import encode_tensor_map
 from kernel_tools import poisoned
 
 
@@ -79,6 +80,7 @@ def driver(monkeypatch):
     monkeypatch.setattr(launch, "driver", lambda: driver)
     monkeypatch.setattr(compiler, "_load", load)
     monkeypatch.setattr(cuda, "load_kernels", lambda kernels: None)
+    monkeypatch.setattr(tensor_map_module, "_encode", encode_tensor_map)
     set_device_info(H100)
     yield driver
     set_device_info(None)
