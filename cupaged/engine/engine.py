@@ -635,7 +635,7 @@ class Engine:
         if step.choices is None:
             step.choices = {}
             searches: dict[Request, list[tuple[int, Sequence]]] = {}  # the rows of their beams
-            for row, seq in step.sampled():
+            for row, seq in step.sampled() if step.draws[1] is not None else ():  # beams want log probabilities
                 if seq.request.search is not None:
                     searches.setdefault(seq.request, []).append((row, seq))
             if searches:
