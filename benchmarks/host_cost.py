@@ -41,8 +41,8 @@ from cupaged.weights.packing import random_weights
 
 BATCHES = (16, 64, 256, 1024)
 POOL_SIZES = (1_000, 10_000, 100_000)
-STEPS = 32
-ROUNDS = 5
+STEPS = 16
+ROUNDS = 20
 PROMPT_LEN = 128
 MAX_MODEL_LEN = PROMPT_LEN + (ROUNDS + 1) * STEPS + 64
 MAX_NUM_TOKENS = 16384  # a step: the prompts are in after a few
