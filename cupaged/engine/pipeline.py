@@ -79,6 +79,6 @@ class Pipeline:
         schedule = self._scheduler.schedule_ahead()
         behind = launch(schedule, step) if searching else launch(schedule)
         for _, seq in sampled:
-            if seq.token_ids[-1] < 0:  # else the launch has seen to it
+            if not searching or seq.token_ids[-1] < 0:  # else the launch has seen to it
                 seq.token_ids.pop()
         return behind if behind.schedule.sequences else None

@@ -40,7 +40,7 @@ class Sampler:
         self._max_num_seqs = max_num_seqs
         self._host_rows = np.zeros(max_num_seqs, SAMPLING_ROW)  # by Sequence.row; counters are filled in each step
         self._row_owners: list[Sequence | None] = [None] * max_num_seqs
-        self._uploaded_rows: bytes | None = None  # what self._rows begins with
+        self._uploaded_rows: bytes | None = None  # what self._rows begins with, if all of them are greedy
 
         max_columns = 1 + MAX_TOP_TOKENS
         self._rows = backend.empty((max_num_seqs,), SAMPLING_ROW)
@@ -101,19 +101,21 @@ class Sampler:
         return 1 if seq.request.num_logprobs is None else 2
 
     def _upload_rows(self, rows: Array, sequences: list[Sequence]) -> None:
-        """Unless they are there from the step before: greedy rows don't change."""
+        """Unless they are there from the step before: rows that are all greedy don't change."""
         for seq in sequences:
             if self._row_owners[seq.row] is not seq:
                 self._row_owners[seq.row] = seq
                 self._host_rows[seq.row] = _sampling_row(seq)
-        host_rows = self._host_rows[[seq.row for seq in sequences]]
-        num_drawn = np.array([len(seq.token_ids) - seq.num_prompt_tokens for seq in sequences])
-        host_rows["counter"] = np.where(host_rows["temperature"] > 0, num_drawn, 0)
-        content = host_rows.tobytes()
-        if content != self._uploaded_rows:
-            self._uploaded_rows = None  # should the copy fail
-            self._backend.copy_in(rows, host_rows)
-            self._uploaded_rows = content
+        host_rows, content = self._host_rows[[seq.row for seq in sequences]], None
+        if host_rows["temperature"].any():
+            host_rows["counter"] = [len(seq.token_ids) - seq.num_prompt_tokens for seq in sequences]
+        else:
+            content = host_rows.tobytes()
+            if content == self._uploaded_rows:
+                return
+        self._uploaded_rows = None  # should the copy fail
+        self._backend.copy_in(rows, host_rows)
+        self._uploaded_rows = content
 
     def _max_copies(self, logits: Array) -> int:
         """How many rows may be copied at a time."""
