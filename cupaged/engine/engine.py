@@ -434,6 +434,7 @@ class Engine:
             return
         with suppress(Exception):  # of the device, if that was what broke
             self.runner.wait()
+        self.runner.forget_copies()
         self._to_abort.clear()
         waiting = {}
         for request_id, request in self._requests.items():

@@ -160,6 +160,10 @@ class Runner:
         """Until everything that was launched has been computed."""
         self.backend.to_host(self._pairs[:1])
 
+    def forget_copies(self) -> None:
+        """What steps have copied to the device may not have come there: the next ones copy it again."""
+        self._sampler.forget_rows()
+
     def _copy_blocks(self, dst: KVArena, src: KVArena, pairs: list[tuple[int, int]]) -> None:
         for start in range(0, len(pairs), len(self._pairs)):
             part = np.array(pairs[start : start + len(self._pairs)], np.int32)

@@ -117,6 +117,10 @@ class Sampler:
         self._backend.copy_in(rows, host_rows)
         self._uploaded_rows = content
 
+    def forget_rows(self) -> None:
+        """The sequences' parameters may not be where they were copied to."""
+        self._uploaded_rows = None
+
     def _max_copies(self, logits: Array) -> int:
         """How many rows may be copied at a time."""
         if self._copies is None:

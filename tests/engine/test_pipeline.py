@@ -430,6 +430,21 @@ def test_a_step_that_fails_ends_what_ran_and_leaves_nothing_to_be_found(num_step
         assert tokens(output) == [expected_output(prompt_of(20, "abc".index(name)), 15, ignore_eos=True)]
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_sampling_parameters_that_a_failed_step_was_to_copy_are_copied_again(temperature):
+    engine = make(max_num_seqs=1)
+    for name, other in (("before", 1 - temperature), ("fails", temperature), ("after", temperature)):
+        engine.add_request(name, prompt_of(12), greedy(8, temperature=other, seed=0))
+        if name == "fails":
+            engine.runner.decoder.fail_late = RuntimeError("a kernel failed")
+            with pytest.raises(RuntimeError, match="a kernel failed"):
+                engine.step()
+        else:
+            seed = 0 if other else None
+            expected = expected_output(prompt_of(12), 8, seed=seed, ignore_eos=True)
+            assert tokens(run_late(engine)[name]) == [expected]
+
+
 def test_no_finite_logit_ends_a_sequence_whose_next_step_is_launched():
     prompt = prompt_of(12)
     output = expected_output(prompt, 20, ignore_eos=True)
