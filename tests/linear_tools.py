@@ -51,6 +51,14 @@ def run(runner, operation, x, weight, bias, out_dtype, tile, added_to: np.ndarra
     return buffer[GUARD : GUARD + len(x)]
 
 
+def assert_only_theirs(out: np.ndarray, *, row: int, column: int) -> None:
+    """Assert that a NaN in this row of x and an infinity in this row of weight have reached no other results."""
+    assert np.isnan(out[row]).all()
+    others = np.delete(out, row, axis=0)
+    assert (np.isinf(others[:, column])).all()
+    assert np.isfinite(np.delete(others, column, axis=1)).all()
+
+
 def residual(rng, m: int, n: int) -> np.ndarray:
     """What is added to. Larger than the products, with outliers in the first and the last place."""
     values = 30 * rng.standard_normal((m, n), np.float32)
