@@ -86,6 +86,7 @@ class Engine:
             self.arena,
             # A padded embedding has ids that stand for no token.
             vocab_size=model.vocab_size if tokenizer is None else min(model.vocab_size, tokenizer.vocab_size),
+            max_num_tokens=config.max_num_batched_tokens,
             max_num_seqs=self.scheduler.max_num_seqs,
             max_model_len=self.max_model_len,
             window=model.sliding_window,

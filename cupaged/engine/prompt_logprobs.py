@@ -24,6 +24,11 @@ class PromptScorer:
         self._indices = backend.empty((max_num_rows,), np.int32)
         self._token_ids = backend.empty((max_num_rows,), np.int32)
 
+    @staticmethod
+    def wants(schedule: Schedule) -> bool:
+        """Whether `score` will look for tokens of prompts at the places that `schedule` gives them."""
+        return any([seq.request.prompt_logprobs is not None for seq in schedule.sequences[schedule.num_decodes :]])
+
     def score(self, schedule: Schedule, decoder) -> list[tuple[Request, Logprobs]]:
         """For each request of which `schedule` computes something that it wants: log probabilities of its prompt's
         tokens, from token len(request.prompt_logprobs) on.

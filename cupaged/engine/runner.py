@@ -10,11 +10,11 @@ import numpy as np
 from cupaged.backends.base import Array, Backend
 from cupaged.engine.batch import Batch, BatchBuilder
 from cupaged.engine.beam_search import Choice
-from cupaged.engine.decode_graphs import DecodeGraphs
 from cupaged.engine.prompt_logprobs import PromptScorer
 from cupaged.engine.sampler import Draws, Logprobs, Sampler
 from cupaged.engine.scheduler import Schedule
 from cupaged.engine.sequence import FINISHED, Request, Sequence
+from cupaged.engine.step_graphs import StepGraphs
 from cupaged.memory.arena import KVArena
 
 MIN_PAIRS = 1024  # block copies that one launch can do; many more are rare, and take several
@@ -76,8 +76,9 @@ class _TakingDecoder:
 class Runner:
     """decoder: models.decoder.Decoder, or whatever has its `forward(batch, arena)` and `compute_logits(indices)`.
 
-    vocab_size: ids from here on are never drawn. max_num_seqs: the most sequences a step may hold, and rows of logits.
-    window: the model's, in tokens; None for none. enforce_eager: no graphs of decode steps, where the backend has them.
+    vocab_size: ids from here on are never drawn. max_num_tokens, max_num_seqs: the most that a step may hold; of the
+    latter rows of logits, too. window: the model's, in tokens; None for none. enforce_eager: no graphs of steps, where
+    the backend has them.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Runner:
         arena: KVArena,
         *,
         vocab_size: int,
+        max_num_tokens: int,
         max_num_seqs: int,
         max_model_len: int,
         window: int | None = None,
@@ -104,10 +106,17 @@ class Runner:
         )
         self._pairs = backend.empty((max(max_num_seqs, MIN_PAIRS), 2), np.int32)
         self._sampler = Sampler(backend, vocab_size=vocab_size, max_num_seqs=max_num_seqs)
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         if backend.has_graphs and not enforce_eager:
             taking = _TakingDecoder(backend, decoder, self._sampler.token_ids)
-            self._graphs = DecodeGraphs(backend, taking, arena, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+            self._graphs = StepGraphs(
+                backend,
+                taking,
+                arena,
+                max_num_tokens=max_num_tokens,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+            )
         self._prompt_scorer = PromptScorer(backend, self._sampler, max_num_rows=max_num_seqs)
 
     def launch(
@@ -126,7 +135,7 @@ class Runner:
             if any([seq.logit_edits is not None for _, seq in sampled]):
                 sampled = sorted(sampled, key=lambda pair: Sampler.sort_key(pair[1]))
             batch = self._batches.build(schedule, [i for i, _ in sampled])
-            if self._graphs is not None:
+            if self._graphs is not None and not PromptScorer.wants(schedule):
                 batch = self._graphs.pad(batch)
             if fill_in is not None:
                 copies = copies + fill_in(batch)

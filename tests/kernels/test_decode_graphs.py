@@ -1,4 +1,4 @@
-"""Engines whose decode steps are graphs, without a GPU: what a graph holds of the step that it was captured in shows as
+"""Engines whose steps are graphs, without a GPU: what a graph holds of the step that it was captured in shows as
 a wrong result in the steps that it runs.
 
 The graphs of host_device.NumpyDevice are the recorded launches, with the places of their arrays.
@@ -162,6 +162,26 @@ def test_sequences_grow_over_blocks_and_lengths(host_build):
     assert set(num_splits) == {1, 2}  # of up to 256 tokens, and of up to 400
 
 
+@pytest.mark.parametrize("name", ["qwen3", "mistral"])
+@ON_NUMPY
+def test_steps_with_prompts(host_build, name):
+    """Prompts in chunks beside decodes, several at a time, over the captured lengths; the same shapes come with other
+    numbers of tokens and sequences."""
+
+    def run(steps: Steps) -> None:
+        for i in range(3):
+            steps.add(f"first {i}", prompt_of(9 + i, i), drawn(30))
+        steps.run(2)
+        for i, length in enumerate([300, 45, 80, 3, 31, 290]):
+            steps.add(str(i), prompt_of(length, 10 + i), drawn(3 + i, n=1 + i % 2, logprobs=i))
+            steps.run(3)
+        steps.run()
+
+    _, recorded = both(host_build, run, name, num_blocks=128, max_num_tokens=64, long_prefill_token_threshold=24)
+    with_prompts = [g for g in recorded if any("paged_prefill" in launch.name for launch in g.launches)]
+    assert sum(graph.num_runs for graph in with_prompts) > 10
+
+
 @ON_NUMPY
 def test_swapped_and_edited_sequences(host_build):
     def run(steps: Steps) -> None:
@@ -245,7 +265,7 @@ def test_a_device_that_captures_nothing(host_build, monkeypatch, caplog):
         run(graphs)
     assert_same(graphs, eager)
     assert [record.getMessage() for record in caplog.records] == [
-        "decode steps run without further CUDA graphs, as one can't be captured: not permitted"
+        "steps run without further CUDA graphs, as one can't be captured: not permitted"
     ]
 
 
