@@ -4,7 +4,7 @@
 //   out = y,   out += y   or   out[i, j] = silu(y[i, 2j]) * y[i, 2j + 1]
 //
 // Tiling:   weight is the wide operand of the tensor cores: a warpgroup multiplies 64 rows of it by kTokens tokens, so
-//           tokens are padded to 8, 16, 32 or 64 and no further. A thread block computes one tile of 64 * kGroups
+//           tokens are padded to 8, 16, 32, 64 or 128 and no further. A thread block computes one tile of 64 * kGroups
 //           outputs for all tokens.
 // Splits:   where there are too few tiles for all SMs, kSplits thread blocks, a cluster, share a tile's k at places
 //           that depend on k and kSplits alone. Each sends its sums from registers into the shared memory of the one

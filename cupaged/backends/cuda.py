@@ -30,7 +30,7 @@ from cupaged.kernels.embedding import embedding
 from cupaged.kernels.layers import Layers
 from cupaged.kernels.linear import linear, linear_silu_and_mul, linear_workspace_size
 from cupaged.kernels.linear_few_sm90 import linear_few_sm90, linear_few_sm90_silu_and_mul
-from cupaged.kernels.linear_sm90 import MIN_ROWS, linear_sm90, linear_sm90_silu_and_mul
+from cupaged.kernels.linear_sm90 import linear_sm90, linear_sm90_silu_and_mul
 from cupaged.kernels.linear_small import MAX_ROWS, linear_small, linear_small_silu_and_mul
 from cupaged.kernels.logits import edit_logits, keep_allowed
 from cupaged.kernels.logprobs import logprobs
@@ -46,7 +46,7 @@ from cupaged.kernels.row_slices import row_workspace_size
 from cupaged.kernels.sampler import sample
 from cupaged.kernels.take_tokens import take_tokens
 from cupaged.kernels.tier import SM90_SUFFIX, use_sm90
-from cupaged.kernels.tuning import linear_few_beats_small
+from cupaged.kernels.tuning import linear_few_is_quickest
 from cupaged.memory.arena import KVArena
 from cupaged.memory.budget import format_bytes
 
@@ -522,15 +522,15 @@ class CudaBackend:
 
     def _linear_kernels(self, x: Array, weight: Array) -> LinearKernels:
         """Up to 16 rows, up to 64 and more are summed in three orders (on Hopper, up to 64 in one where the weight is
-        large; from 65 on in others: up to 128, 256 and 512 and above); on GPUs of one kind, a row has the same results,
-        bit for bit, among batches of each."""
+        large, and from 17 to 128 where it is small; from there on in others: up to 128, 256 and 512 and above); on GPUs
+        of one kind, a row has the same results, bit for bit, among batches of each."""
         num_rows = x.shape[0]
-        if self._sm90 and num_rows >= MIN_ROWS:
-            return SM90
-        if self._sm90 and (num_rows > MAX_ROWS or linear_few_beats_small(*weight.shape, device_info())):
+        if self._sm90 and linear_few_is_quickest(num_rows, *weight.shape, device_info()):
             return FEW_SM90
         if num_rows <= MAX_ROWS:
             return SMALL
+        if self._sm90:
+            return SM90
         portable = linear, linear_silu_and_mul
         return LinearKernels(*(functools.partial(kernel, workspace=self._linear_workspace) for kernel in portable))
 

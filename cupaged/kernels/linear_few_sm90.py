@@ -11,14 +11,12 @@ from cupaged.kernels.compile import NULL, load_kernel
 from cupaged.kernels.device import device_info
 from cupaged.kernels.linear import Epilogue, check_linear
 from cupaged.kernels.tensor_map import tensor_map
-from cupaged.kernels.tuning import LINEAR_FEW_TILES, LinearFewTile, linear_few_tile
-
-MAX_ROWS = max(tile.tokens for tile in LINEAR_FEW_TILES)  # of x; more are for `linear_sm90`
+from cupaged.kernels.tuning import LINEAR_FEW_TILES, LinearFewTile, linear_few_max_rows, linear_few_tile
 
 
 def linear_few_sm90(out, x, weight, bias=None, *, accumulate: bool = False, tile: LinearFewTile | None = None) -> None:
-    """out = x @ weight^T + bias, or out += that, as in `linear`, for x of at most 64 rows, on a GPU of architecture
-    sm_90a.
+    """out = x @ weight^T + bias, or out += that, as in `linear`, for x of at most 64 rows, or 128 where weight is small
+    (tuning.linear_few_max_rows), on a GPU of architecture sm_90a.
 
     tile: by default what tuning.linear_few_tile chooses. A row of out depends on its row of x and on tile.splits alone,
     bit for bit, whatever m, n and the rest of the tile; by default they are a function of the weight's shape and the
@@ -28,17 +26,21 @@ def linear_few_sm90(out, x, weight, bias=None, *, accumulate: bool = False, tile
 
 
 def linear_few_sm90_silu_and_mul(out, x, weight, *, tile: LinearFewTile | None = None) -> None:
-    """out = silu(x @ gate^T) * (x @ up^T) as in `linear_silu_and_mul`, for x of at most 64 rows, on a GPU of
-    architecture sm_90a."""
+    """out = silu(x @ gate^T) * (x @ up^T) as in `linear_silu_and_mul`, for x of as few rows as in `linear_few_sm90`,
+    on a GPU of architecture sm_90a."""
     _launch(out, x, weight, None, Epilogue.SILU_AND_MUL, tile)
 
 
 def _launch(out, x, weight, bias, epilogue: Epilogue, tile: LinearFewTile | None) -> None:
     m, n, k = check_linear(out, x, weight, bias, epilogue)
-    check_that(m <= MAX_ROWS, f"x: linear_few_sm90 takes at most {MAX_ROWS} rows; got {m}, use linear_sm90")
     if m == 0 or n == 0:
         return
-    tile = tile or linear_few_tile(m, n, k, device_info())
+    if tile is None:
+        most = linear_few_max_rows(n, k, device_info())
+        check_that(
+            m <= most, f"x: linear_few_sm90 takes at most {most} rows with this weight; got {m}, use linear_sm90"
+        )
+        tile = linear_few_tile(m, n, k, device_info())
     check_that(m <= tile.tokens, f"tile: {tile.tokens} tokens are too few for the {m} rows of x")
     maps = (tensor_map(x, tile.tokens), tensor_map(weight, tile.rows))
     args = (out, *maps, NULL if bias is None else bias, np.int32(m), np.int32(n), np.int32(k), np.int32(epilogue))

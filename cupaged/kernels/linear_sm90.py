@@ -13,7 +13,6 @@ from cupaged.kernels.linear import Epilogue, check_linear
 from cupaged.kernels.tensor_map import tensor_map
 from cupaged.kernels.tuning import LINEAR_SM90_PLANS, LINEAR_TILE_K, LinearSm90Plan, linear_sm90_plan
 
-MIN_ROWS = 65  # of x, to be worth tiles of 128; any number is right
 LAST_ROWS = 16  # kLastRows in linear_sm90.cu
 NUM_THREADS = 384  # a warpgroup that fetches, two that multiply
 

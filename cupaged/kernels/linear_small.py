@@ -10,9 +10,9 @@ from cupaged.kernels.checks import C_TYPE, FLOAT32, HALF_TYPES, ceil_div, check_
 from cupaged.kernels.compile import NULL, load_kernel
 from cupaged.kernels.device import device_info
 from cupaged.kernels.linear import Epilogue, check_linear
-from cupaged.kernels.tuning import LINEAR_SMALL_TILES, LinearSmallTile, linear_small_tile
+from cupaged.kernels.tuning import LINEAR_SMALL_ROWS, LINEAR_SMALL_TILES, LinearSmallTile, linear_small_tile
 
-MAX_ROWS = 16  # of x; more are for `linear`
+MAX_ROWS = LINEAR_SMALL_ROWS  # of x; more are for `linear`
 NUM_THREADS = 256  # kWarps in linear_small.cu
 
 

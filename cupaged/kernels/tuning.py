@@ -138,6 +138,8 @@ class LinearSmallTile:
         return 8 * self.stages * (16 * self.row_tiles + 8 * self.token_tiles) * 128
 
 
+LINEAR_SMALL_ROWS = 16  # of x, at most
+
 # At most 96 KB each, so that an H100 has two thread blocks an SM and every GPU from sm_80 on has one.
 LINEAR_SMALL_TILES = (
     LinearSmallTile(row_tiles=1, token_tiles=1, stages=4),
@@ -244,14 +246,23 @@ class LinearFewTile:
         return 896 + ring + parts + (2 * self.stages + 1) * 8
 
 
-# At most 113 KB each: a thread block of the next kernel has room beside one and fetches its first weights.
+# At most 113 KB each: a thread block of the next kernel has room beside one and fetches its first weights. Large ones
+# last, and of those the deep rings.
 LINEAR_FEW_TILES = (
+    # Four of these have room on an SM. Where that is room for all, they share DRAM evenly and end together; tiles with
+    # deeper rings, of which an SM has three and another one four in turns, took 3 % longer.
+    LinearFewTile(tokens=8, groups=1, stages=5, splits=1),
+    LinearFewTile(tokens=16, groups=1, stages=5, splits=1),
     *(
         LinearFewTile(tokens, 1, stages, splits)
         for tokens, stages in ((8, 12), (16, 10), (32, 8), (64, 6))
         for splits in LINEAR_FEW_SPLITS
     ),
-    LinearFewTile(tokens=64, groups=2, stages=4, splits=1),  # draws half as much of x from L2
+    # These draw half as much of x from L2.
+    LinearFewTile(tokens=32, groups=2, stages=4, splits=1),
+    LinearFewTile(tokens=64, groups=2, stages=4, splits=1),
+    # For small weights, which linear_sm90 has too few tiles for.
+    LinearFewTile(tokens=128, groups=1, stages=3, splits=4),
 )
 
 
@@ -263,16 +274,32 @@ def linear_few_splits(n: int, k: int, device: DeviceInfo) -> int:
     return next((splits for splits in usable if 10 * tiles * splits >= 9 * device.num_sms), usable[-1])
 
 
+def linear_few_max_rows(n: int, k: int, device: DeviceInfo) -> int:
+    """Of x, that linear_few_sm90 has tiles for."""
+    splits = linear_few_splits(n, k, device)
+    return max(tile.tokens for tile in LINEAR_FEW_TILES if tile.splits == splits)
+
+
 @functools.lru_cache(maxsize=4096)
 def linear_few_tile(m: int, n: int, k: int, device: DeviceInfo) -> LinearFewTile:
-    """As few tokens as hold m; of 64 two warpgroups, where these are tiles enough for all SMs."""
+    """Of the tiles with as few tokens as hold m, the one with the most stages of those whose thread blocks have room on
+    the GPU all at once; where there is none, the largest."""
     splits = linear_few_splits(n, k, device)
-    tokens = next(tile.tokens for tile in LINEAR_FEW_TILES if tile.tokens >= m)
-    fitting = [tile for tile in LINEAR_FEW_TILES if (tile.tokens, tile.splits) == (tokens, splits)]
-    return next((tile for tile in reversed(fitting) if ceil_div(n, tile.rows) >= device.num_sms), fitting[0])
+    usable = [tile for tile in LINEAR_FEW_TILES if tile.splits == splits and tile.tokens >= m]
+    tokens = min(tile.tokens for tile in usable)
+    fitting = [tile for tile in usable if tile.tokens == tokens]
+
+    def have_room(tile: LinearFewTile) -> bool:
+        blocks_an_sm = (device.max_shared_bytes + 1024) // (tile.shared_bytes + 1024)
+        return splits * ceil_div(n, tile.rows) <= blocks_an_sm * device.num_sms
+
+    largest = max(fitting, key=lambda tile: (tile.groups, tile.stages))
+    return max(filter(have_room, fitting), key=lambda tile: tile.stages, default=largest)
 
 
-def linear_few_beats_small(n: int, k: int, device: DeviceInfo) -> bool:
-    """Whether linear_few_sm90 is quicker than linear_small for up to 16 rows: with large weights that needn't be split
-    in four (an H200)."""
-    return n * k >= MIN_LARGE_WEIGHT and linear_few_splits(n, k, device) <= 2
+def linear_few_is_quickest(m: int, n: int, k: int, device: DeviceInfo) -> bool:
+    """Whether linear_few_sm90 is quicker than linear_small and linear_sm90 (an H200). Up to 16 rows that is so with
+    large weights that needn't be split in four."""
+    if m <= LINEAR_SMALL_ROWS:
+        return n * k >= MIN_LARGE_WEIGHT and linear_few_splits(n, k, device) <= 2
+    return m <= linear_few_max_rows(n, k, device)

@@ -58,7 +58,8 @@ WHOLE_MODELS = [
 @pytest.mark.parametrize(("host_build", "name", "dtype", "tier"), WHOLE_MODELS, indirect=["host_build"])
 def test_whole_models_err_no_more_than_a_plain_implementation(host_build, name, dtype, tier, monkeypatch):
     monkeypatch.setenv("CUPAGED_TIER", tier)
-    monkeypatch.setattr(cuda, "MIN_ROWS", 33)  # so that the longest prompt here is many rows
+    # So that the longest prompt here is many rows.
+    monkeypatch.setattr(cuda, "linear_few_is_quickest", lambda num_rows, *_: 16 < num_rows <= 32)
     device, loaded = host_build
     expected = np.tile(golden(name)["logits"], (2, 1))
     actual = mixed_steps(new_driver(name, CudaBackend(device, dtype)), name)

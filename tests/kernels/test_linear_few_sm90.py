@@ -24,12 +24,13 @@ from linear_tools import (
 
 from cupaged.kernels import linear_few_sm90 as linear_few_sm90_module
 from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32, HALF_TYPES, ceil_div
-from cupaged.kernels.linear_few_sm90 import MAX_ROWS, linear_few_sm90, linear_few_sm90_silu_and_mul
+from cupaged.kernels.linear_few_sm90 import linear_few_sm90, linear_few_sm90_silu_and_mul
 from cupaged.kernels.tuning import (
     LINEAR_FEW_SPLITS,
     LINEAR_FEW_TILES,
     LinearFewTile,
-    linear_few_beats_small,
+    linear_few_is_quickest,
+    linear_few_max_rows,
     linear_few_splits,
     linear_few_tile,
 )
@@ -39,7 +40,7 @@ pytestmark = pytest.mark.sm90
 
 
 def tile_id(tile: LinearFewTile) -> str:
-    return f"{tile.rows}x{tile.tokens}-by-{tile.splits}"
+    return f"{tile.rows}x{tile.tokens}x{tile.stages}-by-{tile.splits}"
 
 
 def cases():
@@ -56,8 +57,8 @@ def cases():
             yield pytest.param(m, n, k, dtype, out_dtype, with_bias, tile, id=f"{tile_id(tile)}-{m}x{n}x{k}")
 
 
-SMALLEST, HALVED = LINEAR_FEW_TILES[0], LINEAR_FEW_TILES[4]
-WIDE = LINEAR_FEW_TILES[-1]
+SMALLEST, HALVED = LinearFewTile(8, 1, 12, 1), LinearFewTile(16, 1, 10, 2)
+WIDE = LinearFewTile(64, 2, 4, 1)
 
 
 @pytest.mark.parametrize(("m", "n", "k", "dtype", "out_dtype", "with_bias", "tile"), list(cases()))
@@ -85,8 +86,8 @@ def test_silu_and_mul_of_products_match_the_formula(runner, rng, tile):
 
 @pytest.mark.parametrize("splits", LINEAR_FEW_SPLITS)
 def test_the_same_bits_in_every_batch_and_tile(runner, rng, splits):
-    x, weight, bias = operands(rng, 64, 200, 64 * 9 + 8, BFLOAT16, True)
     tiles = [tile for tile in LINEAR_FEW_TILES if tile.splits == splits]
+    x, weight, bias = operands(rng, tiles[-1].tokens, 200, 64 * 9 + 8, BFLOAT16, True)
     together = run(runner, linear_few_sm90, x, weight, bias, BFLOAT16, tiles[-1])
     for tile in tiles:
         for rows in (slice(1), slice(63, 64), slice(3, 3 + tile.tokens)):
@@ -117,7 +118,8 @@ def test_empty_operands_launch_nothing(m, n):
     linear_few_sm90(np.full((m, n), np.nan, BFLOAT16), np.zeros((m, 16), BFLOAT16), np.zeros((n, 16), BFLOAT16))
 
 
-def test_bad_operands_are_named():
+def test_bad_operands_are_named(monkeypatch):
+    monkeypatch.setattr(linear_few_sm90_module, "device_info", lambda: H100)
     out, x, weight = (np.zeros(shape, BFLOAT16) for shape in ((4, 8), (4, 16), (8, 16)))
     with pytest.raises(ValueError, match="x: dtype must be bfloat16 or float16"):
         linear_few_sm90(out, x.astype(FLOAT32), weight)
@@ -125,7 +127,7 @@ def test_bad_operands_are_named():
         linear_few_sm90(out, x, weight, accumulate=True)
     with pytest.raises(ValueError, match=r"out: expected shape \(4, 4\)"):
         linear_few_sm90_silu_and_mul(out, x, weight)
-    with pytest.raises(ValueError, match="x: linear_few_sm90 takes at most 64 rows; got 65, use linear_sm90"):
+    with pytest.raises(ValueError, match="x: linear_few_sm90 takes at most 64 rows with this weight; got 65, use"):
         linear_few_sm90(np.zeros((65, 8), BFLOAT16), np.zeros((65, 16), BFLOAT16), weight)
     with pytest.raises(ValueError, match="tile: 8 tokens are too few for the 9 rows of x"):
         linear_few_sm90(np.zeros((9, 8), BFLOAT16), np.zeros((9, 16), BFLOAT16), weight, tile=SMALLEST)
@@ -145,7 +147,8 @@ def test_chosen_tiles_hold_the_tokens_and_split_by_the_weight_alone():
             splits = linear_few_splits(n, k, H100)
             assert splits == 1 or ceil_div(k, 64) >= 6 * splits
             assert splits == 1 or ceil_div(n, 64) * splits / 2 < 0.9 * H100.num_sms
-            for m in range(1, MAX_ROWS + 1):
+            assert linear_few_max_rows(n, k, H100) == (128 if splits == 4 else 64)
+            for m in range(1, linear_few_max_rows(n, k, H100) + 1):
                 tile = linear_few_tile(m, n, k, H100)
                 assert tile.splits == splits
                 assert m <= tile.tokens < max(2 * m, 9)
@@ -165,15 +168,34 @@ def test_splits_for_shape(n, k, splits):
     assert linear_few_splits(n, k, H100) == splits
 
 
-def test_two_warpgroups_where_they_leave_no_sm_without_a_tile():
-    assert linear_few_tile(64, 28672, 4096, H100).groups == 2
-    assert linear_few_tile(32, 28672, 4096, H100).groups == 1
-    assert linear_few_tile(64, 8448, 64, H100).groups == 1
+@pytest.mark.parametrize(
+    ("m", "n", "tile"),
+    [
+        (1, 16384, LinearFewTile(8, 1, 12, 1)),  # 256 thread blocks of 113 KB have room at once
+        (8, 28672, LinearFewTile(8, 1, 5, 1)),  # 448 haven't, but of 46 KB
+        (16, 28672, LinearFewTile(16, 1, 5, 1)),
+        (8, 128256, LinearFewTile(8, 1, 12, 1)),  # no tile gives so few
+        (64, 16384, LinearFewTile(64, 1, 6, 1)),
+        (32, 28672, LinearFewTile(32, 2, 4, 1)),
+        (64, 128256, LinearFewTile(64, 2, 4, 1)),
+    ],
+)
+def test_tiles_that_have_room_all_at_once(m, n, tile):
+    assert linear_few_tile(m, n, 2048, H100) == tile
 
 
 @pytest.mark.parametrize(
-    ("n", "k", "expected"),
-    [(4096, 4096, True), (4096, 14336, True), (128256, 4096, True), (2048, 8192, False), (3072, 2048, False)],
+    ("n", "k", "rows"),  # the first and the last number of rows
+    [
+        (4096, 4096, (1, 64)),
+        (4096, 14336, (1, 64)),
+        (128256, 4096, (1, 64)),
+        (2048, 8192, (17, 128)),
+        (3072, 2048, (17, 128)),
+        (960, 576, (17, 64)),
+    ],
 )
-def test_whether_large_weights_leave_linear_small(n, k, expected):
-    assert linear_few_beats_small(n, k, H100) is expected
+def test_which_kernel_is_quickest(n, k, rows):
+    found = [m for m in range(1, 300) if linear_few_is_quickest(m, n, k, H100)]
+    assert (found[0], found[-1]) == rows
+    assert len(found) == rows[1] - rows[0] + 1
