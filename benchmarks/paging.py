@@ -92,9 +92,10 @@ def beams(llm: LLM, repeats: int) -> dict:
     return results
 
 
-def short_of_memory(llm: LLM, repeats: int, modes: Sequence[str] = PREEMPTION_MODES, num_requests: int = 256) -> dict:
-    """Throughput when the cache holds 40 % of what the requests fill when all may run, in each mode of preemption.
-    Prompts of 256 to 768 tokens, outputs of 128 to 384."""
+def short_of_memory(llm: LLM, repeats: int, modes: Sequence[str] = PREEMPTION_MODES, num_requests: int = 512) -> dict:
+    """Throughput when the cache holds 40 % of what those that run fill when memory is no limit (max_num_seqs of them, of
+    twice as many that wait from the start), in each mode of preemption. Prompts of 256 to 768 tokens, outputs of 128 to
+    384."""
     sizes = [(RNG.integers(256, 769).item(), RNG.integers(128, 385).item()) for _ in range(num_requests)]
     num_tokens = sum(output_len for _, output_len in sizes)
 
@@ -171,7 +172,7 @@ def main() -> None:
     add_model_arguments(parser)
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--num-requests", type=int, default=256, help="of short_of_memory")
+    parser.add_argument("--num-requests", type=int, default=512, help="of short_of_memory")
     parser.add_argument("--modes", nargs="+", choices=PREEMPTION_MODES, default=PREEMPTION_MODES, help="of the same")
     parser.add_argument("--thresholds", type=int, nargs="+", default=[64, 128, 256, 2048])
     arguments = parser.parse_args()

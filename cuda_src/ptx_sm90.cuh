@@ -99,11 +99,6 @@ __device__ __forceinline__ void bulk_copy_evict_first(void* dst, const void* src
       : "memory");
 }
 
-// Ask for these bytes of global memory to be brought into L2; a multiple of 16 from a multiple of 16 on.
-__device__ __forceinline__ void bulk_prefetch_l2(const void* src, int num_bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(src), "r"(num_bytes) : "memory");
-}
-
 // Describes a matrix of 16-bit elements to the copy engine, and the box of rows of 64 columns that a copy brings: the
 // driver's CUtensorMap, made by tensor_map.py. A kernel takes it as `const __grid_constant__ TensorMap`.
 struct alignas(64) TensorMap {

@@ -531,7 +531,9 @@ class Engine:
     def _take_in(self, step: LaunchedStep) -> list[Sequence]:
         """Wait for a step and take in its tokens; returns the sequences of which there are news."""
         schedule, (token_ids, logprobs) = step.schedule, step.draws
-        choices = self._choose_beams(step)
+        choices = step.choices
+        if choices is None:
+            choices = self._choose_beams(step, self._searches(step))
         self.scheduler.complete(schedule)
         self.counts.add_step(self.pool, self.scheduler.running, self.config.block_size)
         now = time.monotonic()
@@ -632,44 +634,58 @@ class Engine:
 
     # -- beam search ---------------------------------------------------------------------------------------
 
-    def _choose_beams(self, step: LaunchedStep) -> dict[Request, Choice]:
+    @staticmethod
+    def _searches(step: LaunchedStep) -> dict[Request, list[tuple[int, Sequence]]]:
+        """(row of the draws, beam) of each search's beams, in their order."""
+        found: dict[Request, list[tuple[int, Sequence]]] = {}
+        for row, seq in step.sampled():
+            if seq.request.search is not None:
+                found.setdefault(seq.request, []).append((row, seq))
+        for beams in found.values():
+            beams.sort(key=lambda pair: pair[1].index)
+        return found
+
+    @staticmethod
+    def _choose_beams(step: LaunchedStep, searches: dict[Request, list[tuple[int, Sequence]]]) -> dict[Request, Choice]:
         """How each search goes on from a step that has finished. Nothing is changed."""
-        if step.choices is None:
-            step.choices = {}
-            searches: dict[Request, list[tuple[int, Sequence]]] = {}  # the rows of their beams
-            for row, seq in step.sampled() if step.draws[1] is not None else ():  # beams want log probabilities
-                if seq.request.search is not None:
-                    searches.setdefault(seq.request, []).append((row, seq))
-            if searches:
-                all_ids, all_values = step.draws[1].token_ids[:, 1:].tolist(), step.draws[1].logprobs[:, 1:].tolist()
-            for request, found in searches.items():
-                found.sort(key=lambda pair: pair[1].index)
-                beams = [seq for _, seq in found]
-                token_ids, values = [all_ids[row] for row, _ in found], [all_values[row] for row, _ in found]
-                survivors, finished = request.search.choose(beams, token_ids, values)
-                placed = request.search.place(request, survivors)
-                step.choices[request] = Choice(token_ids, values, survivors, finished, placed)
+        step.choices = {}
+        if searches:
+            all_ids, all_values = step.draws[1].token_ids[:, 1:].tolist(), step.draws[1].logprobs[:, 1:].tolist()
+        for request, found in searches.items():
+            beams = [seq for _, seq in found]
+            token_ids, values = [all_ids[row] for row, _ in found], [all_values[row] for row, _ in found]
+            survivors, finished = request.search.choose(beams, token_ids, values)
+            placed = request.search.place(request, survivors)
+            step.choices[request] = Choice(token_ids, values, survivors, finished, placed)
         return step.choices
 
     def _fill_in_beams(self, step: LaunchedStep, schedule: Schedule, batch: Batch) -> list[tuple[int, int]]:
         """Put into the batch of `schedule`, the step after `step`, what that one gives its beams: who goes on from
         whom, and with which token. Their sequences don't know yet. Returns the blocks to be copied before."""
-        step.wait()
-        for _, seq in step.sampled():
-            if seq.request.search is not None:
-                seq.token_ids.pop()  # what stood for its next token
+        # All that can be done before the step has finished; from then on the device waits.
+        searches = self._searches(step)
         row_of = {seq: row for row, seq in enumerate(schedule.sequences) if seq.request.search is not None}
-        parents, children = [], []
-        for request, choice in self._choose_beams(step).items():
+        step.wait()
+        for beams in searches.values():
+            for _, seq in beams:
+                seq.token_ids.pop()  # what stood for its next token
+        rows, token_ids, forks = [], [], []
+        for request, choice in self._choose_beams(step, searches).items():
             if request.sequences[0] not in row_of:
                 continue
             choice.is_launched = True
-            batch.token_ids[[row_of[seq] for seq in request.sequences]] = 0  # any, if the search ends here
-            for seq, candidate in choice.placed:
-                batch.token_ids[row_of[seq]] = candidate.token_id
-            parents += [row_of[parent] for parent, _ in choice.forks]
-            children += [row_of[child] for _, child in choice.forks]
-        return self.blocks.copies_of_forks(batch, parents, children) if children else []
+            if choice.placed:
+                for seq, candidate in choice.placed:
+                    rows.append(row_of[seq])
+                    token_ids.append(candidate.token_id)
+                forks += choice.forks
+            else:  # the search ends here: any tokens do
+                rows += [row_of[seq] for seq in request.sequences]
+                token_ids += [0] * len(request.sequences)
+        batch.token_ids[rows] = token_ids
+        if not forks:
+            return []
+        return self.blocks.copies_of_forks(batch, *([row_of[seq] for seq in seqs] for seqs in zip(*forks, strict=True)))
 
     def _advance_search(self, request: Request, choice: Choice) -> list[Sequence]:
         """Take a search one token on. Returns the sequences of which there are news to tell."""

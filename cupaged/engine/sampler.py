@@ -45,9 +45,8 @@ class Sampler:
         max_columns = 1 + MAX_TOP_TOKENS
         self._rows = backend.empty((max_num_seqs,), SAMPLING_ROW)
         self.token_ids = backend.empty((max_num_seqs,), np.int32)
-        self._top_ids = backend.empty((max_num_seqs * max_columns,), np.int32)
-        self._top_logprobs = backend.empty((max_num_seqs * max_columns,), np.float32)
-        self._ranks = backend.empty((max_num_seqs,), np.int32)
+        # Of log probabilities: token ids, values, and ranks, one after the other, so that one copy fetches them.
+        self._found = backend.empty((max_num_seqs * (2 * max_columns + 1),), np.int32)
 
         # What few requests need is taken when one does.
         self._edits_of_rows = EditsOfRows()
@@ -160,12 +159,17 @@ class Sampler:
         """Of token_ids [num_rows] int32, at most max_num_seqs, and of the k likeliest tokens in each row of logits.
         Returns what waits for them, to be called once."""
         num_rows, columns = len(token_ids), 1 + min(k, self.vocab_size)
-        top_ids = self._top_ids[: num_rows * columns].reshape(num_rows, columns)
-        top_logprobs = self._top_logprobs[: num_rows * columns].reshape(num_rows, columns)
-        ranks = self._ranks[:num_rows]
-        self._backend.logprobs(top_ids, top_logprobs, ranks, logits, token_ids, self.vocab_size)
-        fetches = [self._backend.fetch(array) for array in (top_ids, top_logprobs, ranks)]
-        return lambda: Logprobs(*[fetch() for fetch in fetches])
+        found = self._found[: num_rows * (2 * columns + 1)]
+        self._backend.logprobs(*_split(found, num_rows, columns), logits, token_ids, self.vocab_size)
+        fetch = self._backend.fetch(found)
+        return lambda: Logprobs(*_split(fetch(), num_rows, columns))
+
+
+def _split(found: Array, num_rows: int, columns: int) -> tuple[Array, Array, Array]:
+    """Logprobs' arrays, where they lie one after the other in an array of int32."""
+    size = num_rows * columns
+    shape = (num_rows, columns)
+    return found[:size].reshape(shape), found[size : 2 * size].view(np.float32).reshape(shape), found[2 * size :]
 
 
 def _sampling_row(seq: Sequence) -> tuple:

@@ -26,7 +26,7 @@ def copy_blocks(dst: KVArena, src: KVArena, pairs) -> None:
     check("pairs", pairs, (None, 2), np.int32)
     layout = src.layout
     check_that(
-        replace(dst.layout, blocks_per_slab=1) == replace(layout, blocks_per_slab=1),
+        dst.layout is layout or replace(dst.layout, blocks_per_slab=1) == replace(layout, blocks_per_slab=1),
         f"dst: its blocks must be laid out as src's; got {dst.layout} for {layout}",
     )
     run_bytes = layout.bytes_per_block // (2 * layout.num_layers)

@@ -287,12 +287,6 @@ void bulk_copy(void* dst, const void* src, int num_bytes, void* barrier, Site si
   start_transfers("bulk_copy", std::move(transfers), barrier, site);
 }
 
-void bulk_prefetch_l2(const void* src, int num_bytes) {
-  ENTER();
-  if (uintptr_t(src) % 16 || num_bytes % 16) fail("bulk_prefetch_l2: must be of multiples of 16 bytes");
-  access(src, unsigned(num_bytes), Access::kRead);
-}
-
 void tensor_copy(void* dst, const unsigned char* src, int rows, int columns, int box_rows, int column, int row,
                  void* barrier, Site site) {
   ENTER();

@@ -32,7 +32,6 @@ inline void bulk_copy_evict_first(void* dst, const void* src, int num_bytes, uns
                                   host::Site site = host::Site::here()) {
   host::bulk_copy(dst, src, num_bytes, barrier, site);
 }
-inline void bulk_prefetch_l2(const void* src, int num_bytes) { host::bulk_prefetch_l2(src, num_bytes); }
 
 // Made by encode_tensor_map in build.py: address, rows, columns and rows of a box.
 struct alignas(64) TensorMap {

@@ -69,7 +69,6 @@ void mbarrier_wait(void* barrier, int parity, Site site);
 void bar_sync(int id, int num_threads, Site site);
 void bar_arrive(int id, int num_threads);
 void bulk_copy(void* dst, const void* src, int num_bytes, void* barrier, Site site);
-void bulk_prefetch_l2(const void* src, int num_bytes);
 // From a matrix [rows, columns] of 16-bit elements at src: box_rows rows of 64.
 void store_async(float* dst, const float (&v)[4], void* barrier);
 void tensor_copy(void* dst, const unsigned char* src, int rows, int columns, int box_rows, int column, int row,
