@@ -93,9 +93,9 @@ def beams(llm: LLM, repeats: int) -> dict:
 
 
 def short_of_memory(llm: LLM, repeats: int, modes: Sequence[str] = PREEMPTION_MODES, num_requests: int = 512) -> dict:
-    """Throughput when the cache holds 40 % of what those that run fill when memory is no limit (max_num_seqs of them, of
-    twice as many that wait from the start), in each mode of preemption. Prompts of 256 to 768 tokens, outputs of 128 to
-    384."""
+    """Throughput when the cache holds 40 % of what those that run fill when memory is no limit (max_num_seqs of them,
+    of twice as many that wait from the start), in each mode of preemption. Prompts of 256 to 768 tokens, outputs of 128
+    to 384."""
     sizes = [(RNG.integers(256, 769).item(), RNG.integers(128, 385).item()) for _ in range(num_requests)]
     num_tokens = sum(output_len for _, output_len in sizes)
 

@@ -7,8 +7,15 @@
 //
 // Work:    a block is 2 * num_layers runs of bytes, whatever their type. kNumThreads * kNumVectors vectors of a run a
 //          thread block; a thread loads all of its vectors before it stores the first, so that many are under way.
+// Pairs:   come as an argument, so that copy-on-write in front of a step costs one launch, and no copy to the device.
 // Bound:   bytes: each block is read once and written once, over the bus when one side is the host. Measured: docs/performance.md.
 #include "common.cuh"
+
+// (source, destination); cupaged/kernels/copy_blocks.py builds the same. All arguments have 4 KB.
+template <int kMaxPairs>
+struct BlockPairs {
+  int ids[kMaxPairs][2];
+};
 
 // Where layer-and-part `run` of a block begins. slabs: a table of addresses, one of 1 << slab_shift blocks each.
 __device__ __forceinline__ unsigned* run_of_block(const unsigned long long* slabs, int slab_shift, int block_id,
@@ -21,16 +28,17 @@ __device__ __forceinline__ unsigned* run_of_block(const unsigned long long* slab
 
 // grid (num_pairs, 2 * num_layers, ceil(run_vectors / (kNumThreads * kNumVectors))), block (kNumThreads)
 template <int kNumThreads,  // threads per block
-          int kNumVectors>  // 16-byte vectors of a thread
+          int kNumVectors,  // 16-byte vectors of a thread
+          int kMaxPairs>
 __global__ void __launch_bounds__(kNumThreads)
 copy_blocks(const unsigned long long* __restrict__ dst_slabs,  // [max_slabs] addresses; blocks that are written
             const unsigned long long* __restrict__ src_slabs,  // [max_slabs] addresses; blocks that are read
-            const int* __restrict__ pairs,                     // [num_pairs, 2] block ids: source, destination
+            const __grid_constant__ BlockPairs<kMaxPairs> pairs,  // of which the first num_pairs count
             int dst_slab_shift,                                // log2 of blocks per slab
             int src_slab_shift,
             int run_vectors) {  // 16-byte vectors of one layer's K, or V, of a block
   using V = Vec<unsigned>;
-  const int src_id = pairs[2 * (long long)blockIdx.x], dst_id = pairs[2 * (long long)blockIdx.x + 1];
+  const int src_id = pairs.ids[blockIdx.x][0], dst_id = pairs.ids[blockIdx.x][1];
   const unsigned* src = run_of_block(src_slabs, src_slab_shift, src_id, blockIdx.y, run_vectors);
   unsigned* dst = run_of_block(dst_slabs, dst_slab_shift, dst_id, blockIdx.y, run_vectors);
 

@@ -105,8 +105,9 @@ class Backend(Protocol):
 
     # -- the cache -----------------------------------------------------------------------------------------
 
-    def copy_blocks(self, dst: KVArena, src: KVArena, pairs: Array) -> None:
-        """Copy blocks, all layers, K and V: pairs [n, 2] int32 are ids of a block of `src` and of its copy in `dst`.
+    def copy_blocks(self, dst: KVArena, src: KVArena, pairs: np.ndarray) -> None:
+        """Copy blocks, all layers, K and V: pairs [n, 2] int32, in the host's memory, are ids of a block of `src` and
+        of its copy in `dst`.
 
         The arenas' layouts agree, except that their slabs may hold different numbers of blocks. dst may be src
         (copy-on-write); the slabs of one may lie in host memory (swapping). Destinations are distinct and, when dst is

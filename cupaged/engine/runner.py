@@ -17,8 +17,6 @@ from cupaged.engine.sequence import FINISHED, Request, Sequence
 from cupaged.engine.step_graphs import StepGraphs
 from cupaged.memory.arena import KVArena
 
-MIN_PAIRS = 1024  # block copies that one launch can do; many more are rare, and take several
-
 
 class LaunchedStep:
     """A step that the device computes, or has computed.
@@ -104,7 +102,6 @@ class Runner:
             block_size=arena.layout.block_size,
             window=window,
         )
-        self._pairs = backend.empty((max(max_num_seqs, MIN_PAIRS), 2), np.int32)
         self._sampler = Sampler(backend, vocab_size=vocab_size, max_num_seqs=max_num_seqs)
         self._graphs: StepGraphs | None = None
         if backend.has_graphs and not enforce_eager:
@@ -167,15 +164,12 @@ class Runner:
 
     def wait(self) -> None:
         """Until everything that was launched has been computed."""
-        self.backend.to_host(self._pairs[:1])
+        self.backend.to_host(self._sampler.token_ids[:1])
 
     def forget_copies(self) -> None:
         """What steps have copied to the device may not have come there: the next ones copy it again."""
         self._sampler.forget_rows()
 
     def _copy_blocks(self, dst: KVArena, src: KVArena, pairs: list[tuple[int, int]]) -> None:
-        for start in range(0, len(pairs), len(self._pairs)):
-            part = np.array(pairs[start : start + len(self._pairs)], np.int32)
-            on_device = self._pairs[: len(part)]
-            self.backend.copy_in(on_device, part)
-            self.backend.copy_blocks(dst, src, on_device)
+        if pairs:
+            self.backend.copy_blocks(dst, src, np.array(pairs, np.int32))

@@ -9,7 +9,8 @@ shrink. Padded sequences have no tokens: they write to no slot and attend to not
 
 Steps that only decode come in few shapes, and are recorded at once. Of those with prompts in them only small ones are
 padded, where launches take the host as long as the device works; there are many more shapes of these, so one is
-recorded when it comes a second time, and the shapes that were not met for the longest are forgotten.
+recorded when it comes a second time, and the shapes that were not met for the longest are forgotten. Their lengths grow
+by four, not by two, for fewer of them.
 
 A padded step gives the bits of the step that it pads: rows of the forward pass don't depend on each other, keys are
 split at positions of the sequence's own, and no size in BATCH_SIZES or STEP_SIZES is across an edge between two matrix
@@ -33,7 +34,7 @@ from cupaged.memory.arena import KVArena
 BATCH_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))  # vLLM's; steps of more sequences are not captured
 STEP_SIZES = (16, *range(64, 513, 64))  # tokens of a step with prompts; those with more keep the device busy
 MAX_PROMPTS = 16  # in such a step
-MIN_LENGTH = 256  # tokens; from here on lengths are powers of two. Shorter block tables would save next to nothing.
+MIN_LENGTH = 256  # tokens; longer ones are twice as many and so on. Shorter block tables would save next to nothing.
 MAX_GRAPHS = 256  # shapes that are remembered; a graph takes the device some hundred KB
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class StepGraphs:
             num_seqs=num_decodes + num_prompts,
             num_logits=_next(self._batch_sizes, num_logits),
             max_query_len=min(_next_power(batch.max_query_len), num_tokens),
-            max_seq_len=min(max(MIN_LENGTH, _next_power(batch.max_seq_len)), self.max_model_len),
+            max_seq_len=min(_next_length(batch.max_seq_len, 4 if num_prompts else 2), self.max_model_len),
         )
 
     def forward(self, batch: Batch) -> Array:
@@ -111,12 +112,15 @@ class StepGraphs:
             return self._decoder.forward(batch, self._arena)
         key = self._key(batch)
         has_come = key in self._graphs
-        if (graph := self._graphs.pop(key, None)) is not None:
+        graph = self._graphs.pop(key, None)
+        if graph is None and has_come:
+            graph = self._capture(batch)
+        if graph is not None:
             launch, logits = graph
             launch()
         else:
             logits = self._decoder.forward(batch, self._arena)  # sets up what launches need, which a capture can't
-            if self._can_capture and (has_come or batch.num_decodes == batch.num_seqs):
+            if not has_come and batch.num_decodes == batch.num_seqs:
                 graph = self._capture(batch)
         self._graphs[key] = graph  # the last one from now on
         if len(self._graphs) > MAX_GRAPHS:
@@ -139,6 +143,8 @@ class StepGraphs:
         )
 
     def _capture(self, batch: Batch) -> tuple[Callable[[], None], Array] | None:
+        if not self._can_capture:
+            return None
         logits: list[Array] = []
         try:
             launch = self._backend.capture(lambda: logits.append(self._decoder.forward(batch, self._arena)))
@@ -195,6 +201,14 @@ def _padded(batch: Batch, shape: _Shape, block_size: int) -> Batch:
 def _next(sizes: Sequence[int], size: int) -> int:
     """The smallest of `sizes` (in order) that isn't below `size`; 0 for 0."""
     return sizes[bisect_left(sizes, size)] if size else 0
+
+
+def _next_length(length: int, ratio: int) -> int:
+    """MIN_LENGTH, or `ratio` times as much and so on, until that isn't below `length`."""
+    size = MIN_LENGTH
+    while size < length:
+        size *= ratio
+    return size
 
 
 def _next_power(number: int) -> int:

@@ -22,8 +22,8 @@ from cupaged import LLM, SamplingParams
 from cupaged.backends.base import SAMPLING_ROW
 from cupaged.backends.cuda import open_cuda, probe
 from cupaged.backends.reference import ReferenceBackend
-from cupaged.engine.decode_graphs import BATCH_SIZES
 from cupaged.engine.engine import Engine
+from cupaged.engine.step_graphs import BATCH_SIZES
 from cupaged.kernels.checks import BFLOAT16, HALF_TYPES
 from cupaged.kernels.device import device_info
 from cupaged.weights.checkpoint import Checkpoint

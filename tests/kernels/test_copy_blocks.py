@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32
-from cupaged.kernels.copy_blocks import NUM_THREADS, NUM_VECTORS, copy_blocks
+from cupaged.kernels.copy_blocks import MAX_PAIRS, NUM_THREADS, NUM_VECTORS, copy_blocks
 from cupaged.memory.arena import KVArena, KVLayout
 from kernel_tools import FLOAT_DTYPES, is_poison
 
@@ -70,7 +70,7 @@ def test_copy_on_write_within_an_arena(case, runner, rng):
     order = rng.permutation(arena.num_blocks)
     pairs = np.array([[order[0], order[1]], [order[0], order[2]], *zip(order[3:6], order[6:9], strict=True)], np.int32)
     assert len({*pairs.reshape(-1) // 4}) > 1  # over slabs
-    copy_blocks(arena, arena, runner.array(pairs))
+    copy_blocks(arena, arena, pairs)
 
     expected = before.copy()
     for src, dst in pairs:
@@ -87,7 +87,7 @@ def test_swapping_out_and_in(case, blocks_per_slab, blocks_per_host_slab, runner
     fill(runner, arena, rng)
     before = blocks(runner, arena)
     swapped_out = np.stack([rng.permutation(16)[:5], rng.permutation(16)[:5]], axis=1).astype(np.int32)
-    copy_blocks(host, arena, runner.array(swapped_out))
+    copy_blocks(host, arena, swapped_out)
 
     in_host = blocks(runner, host)
     untouched = np.ones(16, bool)
@@ -99,11 +99,23 @@ def test_swapping_out_and_in(case, blocks_per_slab, blocks_per_host_slab, runner
     assert np.array_equal(blocks(runner, arena), before)
 
     swapped_in = np.stack([swapped_out[:, 1], rng.permutation(16)[:5]], axis=1).astype(np.int32)
-    copy_blocks(arena, host, runner.array(swapped_in))
+    copy_blocks(arena, host, swapped_in)
     expected = before.copy()
     expected[swapped_in[:, 1]] = before[swapped_out[:, 0]]
     assert np.array_equal(blocks(runner, arena), expected)
     assert np.array_equal(blocks(runner, host), in_host)
+
+
+@pytest.mark.parametrize("num_pairs", [MAX_PAIRS, MAX_PAIRS + 1, 2 * MAX_PAIRS + 3])
+def test_more_pairs_than_a_launch_takes(num_pairs, runner, rng):
+    arena = arena_of(runner, Case(1, FLOAT16, num_layers=1).layout(512), num_slabs=4)
+    fill(runner, arena, rng)
+    before = blocks(runner, arena)
+    pairs = rng.permutation(2048)[: 2 * num_pairs].reshape(-1, 2).astype(np.int32)
+    copy_blocks(arena, arena, pairs)
+    expected = before.copy()
+    expected[pairs[:, 1]] = before[pairs[:, 0]]
+    assert np.array_equal(blocks(runner, arena), expected)
 
 
 def test_more_than_2_to_31_elements(runner):
@@ -116,7 +128,7 @@ def test_more_than_2_to_31_elements(runner):
     values = np.arange(1, 4352 * 4 + 1, dtype=np.float32).reshape(1, 4352, 1, 4)
     for part, value in enumerate((values, -values)):
         runner.copy_in(slab[0, part, -1:], value)
-    copy_blocks(arena, arena, runner.array(np.array([[layout.blocks_per_slab - 1, 2]], np.int32)))
+    copy_blocks(arena, arena, np.array([[layout.blocks_per_slab - 1, 2]], np.int32))
     for part, value in enumerate((values, -values)):
         first_blocks = runner.host(slab[0, part, :4])
         assert np.array_equal(first_blocks[2:3], value)

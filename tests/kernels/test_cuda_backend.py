@@ -413,9 +413,7 @@ def test_blocks_go_to_a_swap_space_and_back(backend):
     backend.copy_in(arena.slabs[1], values)  # blocks 4 .. 7; the others are NaN
 
     def copy_blocks(dst, src, *pairs):
-        device_pairs = backend.empty((len(pairs), 2), np.int32)
-        backend.copy_in(device_pairs, np.array(pairs, np.int32))
-        backend.copy_blocks(dst, src, device_pairs)
+        backend.copy_blocks(dst, src, np.array(pairs, np.int32))
 
     copy_blocks(swap_space, arena, (7, 0), (4, 5))
     copy_blocks(arena, swap_space, (5, 1), (0, 2))
