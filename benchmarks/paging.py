@@ -147,14 +147,19 @@ def long_prompt(llm: LLM, repeats: int, thresholds: list[int], num_streams: int 
 
         while len(engine.step()) < num_streams:
             pass
-        steps(lambda count, _: count == 60)
-        for threshold in thresholds:
-            engine.scheduler.max_chunk = threshold
-            alone = steps(lambda count, _: count == 200)
+
+        def steps_beside() -> list[float]:
             engine.add_request("long", prompt_of(engine, length), sampling(max_tokens=2, kind=RequestOutputKind.DELTA))
-            beside = steps(lambda _, outputs: any(output.request_id == "long" for output in outputs))
+            times = steps(lambda _, outputs: any(output.request_id == "long" for output in outputs))
             engine.abort("long")
             steps(lambda count, _: count == 10)
+            return times
+
+        for threshold in thresholds:
+            engine.scheduler.max_chunk = threshold
+            steps_beside()  # compiles, captures, takes memory
+            alone = steps(lambda count, _: count == 200)
+            beside = steps_beside()
             results[str(threshold)] = {
                 "alone_ms": distribution(alone),
                 "beside_ms": distribution(beside),

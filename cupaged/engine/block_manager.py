@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from cupaged.engine.batch import Batch
 from cupaged.engine.block_pool import NULL_BLOCK, Block, BlockPool
 from cupaged.engine.prefix import PrefixHasher
@@ -199,16 +201,17 @@ class BlockManager:
         self.num_copies += len(copies)
         return copies
 
-    def copies_of_forks(self, batch: Batch, parents: list[int], children: list[int]) -> list[tuple[int, int]]:
+    def copies_of_forks(self, batch: Batch, parents: list[int], children: list[int]) -> np.ndarray:
         """Let rows of a batch follow others of it, as `fork` with is_launched will do with their sequences; returns
-        (source, destination) of the blocks to be copied before the batch is computed."""
-        columns = batch.positions[parents] // self.block_size
-        kept = batch.block_tables[children, columns]
-        sources = batch.block_tables[parents, columns]
-        batch.block_tables[children] = batch.block_tables[parents]
-        batch.block_tables[children, columns] = kept
-        is_begun = batch.positions[parents] % self.block_size != 0
-        copies = list(zip(sources[is_begun].tolist(), kept[is_begun].tolist(), strict=True))
+        (source, destination) of the blocks to be copied before the batch is computed, [n, 2] int32."""
+        tables, parents, children = batch.block_tables, np.array(parents), np.array(children)
+        columns, offsets = np.divmod(batch.positions[parents], self.block_size)
+        copies = np.empty((len(parents), 2), np.int32)
+        copies[:, 0] = tables[parents, columns]
+        copies[:, 1] = kept = tables[children, columns]
+        tables[children] = tables[parents]
+        tables[children, columns] = kept
+        copies = copies[offsets != 0]  # the others have not begun a block
         self.num_copies += len(copies)
         return copies
 

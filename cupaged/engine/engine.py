@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from operator import index
 
+import numpy as np
+
 from cupaged.arguments import is_int, require
 from cupaged.backends.base import MAX_TOP_TOKENS, Backend
 from cupaged.config import EngineConfig, ModelConfig
@@ -659,9 +661,10 @@ class Engine:
             step.choices[request] = Choice(token_ids, values, survivors, finished, placed)
         return step.choices
 
-    def _fill_in_beams(self, step: LaunchedStep, schedule: Schedule, batch: Batch) -> list[tuple[int, int]]:
+    def _fill_in_beams(self, step: LaunchedStep, schedule: Schedule, batch: Batch) -> np.ndarray | None:
         """Put into the batch of `schedule`, the step after `step`, what that one gives its beams: who goes on from
-        whom, and with which token. Their sequences don't know yet. Returns the blocks to be copied before."""
+        whom, and with which token. Their sequences don't know yet. Returns (source, destination) of the blocks to be
+        copied before, [n, 2] int32, if there are any."""
         # All that can be done before the step has finished; from then on the device waits.
         searches = self._searches(step)
         row_of = {seq: row for row, seq in enumerate(schedule.sequences) if seq.request.search is not None}
@@ -684,7 +687,7 @@ class Engine:
                 token_ids += [0] * len(request.sequences)
         batch.token_ids[rows] = token_ids
         if not forks:
-            return []
+            return None
         return self.blocks.copies_of_forks(batch, *([row_of[seq] for seq in seqs] for seqs in zip(*forks, strict=True)))
 
     def _advance_search(self, request: Request, choice: Choice) -> list[Sequence]:

@@ -116,17 +116,15 @@ class Runner:
             )
         self._prompt_scorer = PromptScorer(backend, self._sampler, max_num_rows=max_num_seqs)
 
-    def launch(
-        self, schedule: Schedule, fill_in: Callable[[Batch], list[tuple[int, int]]] | None = None
-    ) -> LaunchedStep:
+    def launch(self, schedule: Schedule, fill_in: Callable[[Batch], np.ndarray | None] | None = None) -> LaunchedStep:
         """Copy the blocks that are no longer shared, compute the scheduled tokens, and draw those that follow.
 
         A negative token id ~j among those of the decodes is the one that row j of the step launched before draws.
         fill_in: is called before anything is launched, to put into the batch what was not known when it was scheduled;
-        returns (source, destination) of more blocks to copy.
+        returns (source, destination) of more blocks to copy, as Backend.copy_blocks wants them.
         """
         start = time.monotonic()
-        copies = schedule.copies
+        late_copies = None
         if schedule.sequences:
             sampled = schedule.sampled
             if any([seq.logit_edits is not None for _, seq in sampled]):
@@ -135,8 +133,10 @@ class Runner:
             if self._graphs is not None and not PromptScorer.wants(schedule):
                 batch = self._graphs.pad(batch)
             if fill_in is not None:
-                copies = copies + fill_in(batch)
-        self._copy_blocks(self.arena, self.arena, copies)
+                late_copies = fill_in(batch)
+        self._copy_blocks(self.arena, self.arena, schedule.copies)
+        if late_copies is not None:
+            self.backend.copy_blocks(self.arena, self.arena, late_copies)
         if not schedule.sequences:
             return LaunchedStep(schedule, [], lambda: ([], None), [], start)
         logits = self._forward(batch)[: len(sampled)]

@@ -19,6 +19,7 @@ kernels.
 
 from __future__ import annotations
 
+import functools
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -65,6 +66,7 @@ class StepGraphs:
         largest = min(max_num_seqs, BATCH_SIZES[-1])
         self._batch_sizes = [*(size for size in BATCH_SIZES if size < largest), largest]
         self._step_sizes = [0, *(size for size in STEP_SIZES if size <= max_num_tokens)]
+        self._padded_shape = functools.lru_cache(maxsize=4096)(self._find_padded_shape)
         # What launches all of a step at once, and the logits that it leaves, by what the launches were recorded with;
         # None where such a step has come once. The last ones met stand last.
         self._graphs: dict[tuple, tuple[Callable[[], None], Array] | None] = {}
@@ -79,31 +81,30 @@ class StepGraphs:
 
         The sequences that decode come first, and then their padding; so do the others. The logits come first of all.
         """
-        shape = self._shape_of(batch)
+        shape = self._padded_shape(_shape_of(batch))
         return batch if shape is None else _padded(batch, shape, self._arena.layout.block_size)
 
-    def _shape_of(self, batch: Batch) -> _Shape | None:
-        """What to pad a batch to; None where it is to stay as it is."""
-        num_prompts, num_logits = batch.num_seqs - batch.num_decodes, batch.logits_indices.shape[0]
-        most = self._batch_sizes[-1]
-        if batch.num_decodes > most or num_logits > most or num_prompts > MAX_PROMPTS:
+    def _find_padded_shape(self, shape: _Shape) -> _Shape | None:
+        """What to pad a batch of this shape to; None where it is to stay as it is."""
+        num_prompts = shape.num_seqs - shape.num_decodes
+        if max(shape.num_decodes, shape.num_logits) > self._batch_sizes[-1] or num_prompts > MAX_PROMPTS:
             return None
-        num_decodes = num_tokens = _next(self._batch_sizes, batch.num_decodes)
+        num_decodes = num_tokens = _next(self._batch_sizes, shape.num_decodes)
         if num_prompts:
-            if batch.num_tokens > self._step_sizes[-1]:
+            if shape.num_tokens > self._step_sizes[-1]:
                 return None
-            num_tokens = _next(self._step_sizes, batch.num_tokens)
+            num_tokens = _next(self._step_sizes, shape.num_tokens)
             num_prompts = _next_power(num_prompts)
-            num_query_tokens = batch.num_tokens - batch.num_decodes
+            num_query_tokens = shape.num_tokens - shape.num_decodes
             if num_decodes + num_query_tokens > num_tokens or num_decodes + num_prompts > self._max_num_seqs:
-                num_decodes, num_prompts = batch.num_decodes, batch.num_seqs - batch.num_decodes
+                num_decodes, num_prompts = shape.num_decodes, shape.num_seqs - shape.num_decodes
         return _Shape(
             num_tokens=num_tokens,
             num_decodes=num_decodes,
             num_seqs=num_decodes + num_prompts,
-            num_logits=_next(self._batch_sizes, num_logits),
-            max_query_len=min(_next_power(batch.max_query_len), num_tokens),
-            max_seq_len=min(_next_length(batch.max_seq_len, 4 if num_prompts else 2), self.max_model_len),
+            num_logits=_next(self._batch_sizes, shape.num_logits),
+            max_query_len=min(_next_power(shape.max_query_len), num_tokens),
+            max_seq_len=min(_next_length(shape.max_seq_len, 4 if num_prompts else 2), self.max_model_len),
         )
 
     def forward(self, batch: Batch) -> Array:
@@ -129,11 +130,8 @@ class StepGraphs:
 
     def _takes(self, batch: Batch) -> bool:
         """Whether it is of a shape that `pad` gives."""
-        shape = self._shape_of(batch)
-        return shape is not None and shape == _Shape(
-            batch.num_tokens, batch.num_decodes, batch.num_seqs, batch.logits_indices.shape[0], batch.max_query_len,
-            batch.max_seq_len,
-        )  # fmt: skip
+        shape = _shape_of(batch)
+        return shape == self._padded_shape(shape)
 
     def _key(self, batch: Batch) -> tuple:
         """All that launches are given and that may differ between two batches that `_takes` accepts."""
@@ -165,6 +163,17 @@ class _Shape(NamedTuple):
     num_logits: int
     max_query_len: int
     max_seq_len: int
+
+
+def _shape_of(batch: Batch) -> _Shape:
+    return _Shape(
+        batch.num_tokens,
+        batch.num_decodes,
+        batch.num_seqs,
+        batch.logits_indices.shape[0],
+        batch.max_query_len,
+        batch.max_seq_len,
+    )
 
 
 def _padded(batch: Batch, shape: _Shape, block_size: int) -> Batch:
