@@ -181,18 +181,25 @@ def _padded(batch: Batch, shape: _Shape, block_size: int) -> Batch:
     n, extra = batch.num_decodes, shape.num_decodes - batch.num_decodes
 
     def spread(values: Array, size: int, padding: int) -> Array:
+        if len(values) == size:
+            return values
         array = np.full((size, *values.shape[1:]), padding, np.int32)
         array[:n] = values[:n]
         array[n + extra : len(values) + extra] = values[n:]
         return array
 
-    query_start_loc = np.full(shape.num_seqs + 1, batch.num_tokens + extra, np.int32)
-    query_start_loc[: shape.num_decodes] = np.arange(shape.num_decodes)
-    query_start_loc[shape.num_decodes : batch.num_seqs + extra + 1] = batch.query_start_loc[n:] + np.int32(extra)
+    query_start_loc = batch.query_start_loc
+    if shape.num_seqs > batch.num_seqs:
+        query_start_loc = np.full(shape.num_seqs + 1, batch.num_tokens + extra, np.int32)
+        query_start_loc[: shape.num_decodes] = np.arange(shape.num_decodes)
+        query_start_loc[shape.num_decodes : batch.num_seqs + extra + 1] = batch.query_start_loc[n:] + np.int32(extra)
     block_tables = np.full((shape.num_seqs, -(-shape.max_seq_len // block_size)), NULL_BLOCK, np.int32)
     block_tables[:, : batch.block_tables.shape[1]] = spread(batch.block_tables, shape.num_seqs, NULL_BLOCK)
-    logits_indices = np.zeros(shape.num_logits, np.int32)
-    logits_indices[: len(batch.logits_indices)] = batch.logits_indices + extra * (batch.logits_indices >= n)
+    indices = batch.logits_indices
+    if extra and n < batch.num_tokens:
+        indices = indices + np.int32(extra) * (indices >= n)
+    if shape.num_logits > len(indices):
+        indices = np.append(indices, np.zeros(shape.num_logits - len(indices), np.int32))
     return Batch(
         token_ids=spread(batch.token_ids, shape.num_tokens, 0),
         positions=spread(batch.positions, shape.num_tokens, 0),
@@ -200,7 +207,7 @@ def _padded(batch: Batch, shape: _Shape, block_size: int) -> Batch:
         query_start_loc=query_start_loc,
         seq_lens=spread(batch.seq_lens, shape.num_seqs, 0),
         block_tables=block_tables,
-        logits_indices=logits_indices,
+        logits_indices=indices,
         num_decodes=shape.num_decodes,
         max_query_len=shape.max_query_len,
         max_seq_len=shape.max_seq_len,
