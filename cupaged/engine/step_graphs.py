@@ -58,15 +58,18 @@ class StepGraphs:
         max_num_seqs: int,
         max_model_len: int,
     ):
-        self.max_model_len = max_model_len
         self._backend = backend
         self._decoder = decoder
         self._arena = arena
-        self._max_num_seqs = max_num_seqs
         largest = min(max_num_seqs, BATCH_SIZES[-1])
-        self._batch_sizes = [*(size for size in BATCH_SIZES if size < largest), largest]
-        self._step_sizes = [0, *(size for size in STEP_SIZES if size <= max_num_tokens)]
-        self._padded_shape = functools.lru_cache(maxsize=4096)(self._find_padded_shape)
+        find = functools.partial(
+            _find_padded_shape,
+            batch_sizes=[*(size for size in BATCH_SIZES if size < largest), largest],
+            step_sizes=[0, *(size for size in STEP_SIZES if size <= max_num_tokens)],
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+        )
+        self._padded_shape = functools.lru_cache(maxsize=4096)(find)
         # What launches all of a step at once, and the logits that it leaves, by what the launches were recorded with;
         # None where such a step has come once. The last ones met stand last.
         self._graphs: dict[tuple, tuple[Callable[[], None], Array] | None] = {}
@@ -83,29 +86,6 @@ class StepGraphs:
         """
         shape = self._padded_shape(_shape_of(batch))
         return batch if shape is None else _padded(batch, shape, self._arena.layout.block_size)
-
-    def _find_padded_shape(self, shape: _Shape) -> _Shape | None:
-        """What to pad a batch of this shape to; None where it is to stay as it is."""
-        num_prompts = shape.num_seqs - shape.num_decodes
-        if max(shape.num_decodes, shape.num_logits) > self._batch_sizes[-1] or num_prompts > MAX_PROMPTS:
-            return None
-        num_decodes = num_tokens = _next(self._batch_sizes, shape.num_decodes)
-        if num_prompts:
-            if shape.num_tokens > self._step_sizes[-1]:
-                return None
-            num_tokens = _next(self._step_sizes, shape.num_tokens)
-            num_prompts = _next_power(num_prompts)
-            num_query_tokens = shape.num_tokens - shape.num_decodes
-            if num_decodes + num_query_tokens > num_tokens or num_decodes + num_prompts > self._max_num_seqs:
-                num_decodes, num_prompts = shape.num_decodes, shape.num_seqs - shape.num_decodes
-        return _Shape(
-            num_tokens=num_tokens,
-            num_decodes=num_decodes,
-            num_seqs=num_decodes + num_prompts,
-            num_logits=_next(self._batch_sizes, shape.num_logits),
-            max_query_len=min(_next_power(shape.max_query_len), num_tokens),
-            max_seq_len=min(_next_length(shape.max_seq_len, 4 if num_prompts else 2), self.max_model_len),
-        )
 
     def forward(self, batch: Batch) -> Array:
         """As Decoder.forward, for the uploaded batch; with a row of logits for each that `pad` has added as well."""
@@ -173,6 +153,32 @@ def _shape_of(batch: Batch) -> _Shape:
         batch.logits_indices.shape[0],
         batch.max_query_len,
         batch.max_seq_len,
+    )
+
+
+def _find_padded_shape(
+    shape: _Shape, *, batch_sizes: Sequence[int], step_sizes: Sequence[int], max_num_seqs: int, max_model_len: int
+) -> _Shape | None:
+    """What to pad a batch of this shape to; None where it is to stay as it is."""
+    num_prompts = shape.num_seqs - shape.num_decodes
+    if max(shape.num_decodes, shape.num_logits) > batch_sizes[-1] or num_prompts > MAX_PROMPTS:
+        return None
+    num_decodes = num_tokens = _next(batch_sizes, shape.num_decodes)
+    if num_prompts:
+        if shape.num_tokens > step_sizes[-1]:
+            return None
+        num_tokens = _next(step_sizes, shape.num_tokens)
+        num_prompts = _next_power(num_prompts)
+        num_query_tokens = shape.num_tokens - shape.num_decodes
+        if num_decodes + num_query_tokens > num_tokens or num_decodes + num_prompts > max_num_seqs:
+            num_decodes, num_prompts = shape.num_decodes, shape.num_seqs - shape.num_decodes
+    return _Shape(
+        num_tokens=num_tokens,
+        num_decodes=num_decodes,
+        num_seqs=num_decodes + num_prompts,
+        num_logits=_next(batch_sizes, shape.num_logits),
+        max_query_len=min(_next_power(shape.max_query_len), num_tokens),
+        max_seq_len=min(_next_length(shape.max_seq_len, 4 if num_prompts else 2), max_model_len),
     )
 
 
