@@ -48,12 +48,8 @@ class OutputText:
 
     def take(self) -> str:
         """The text since the last call, which is then forgotten."""
-        pieces = self._pieces
-        if len(pieces) == 1:  # as for each token
-            return pieces.pop()
-        text = "".join(pieces)
-        pieces.clear()
-        return text
+        pieces, self._pieces = self._pieces, []
+        return "".join(pieces)  # of a single piece, as for each token, that itself
 
     def copy(self) -> OutputText:
         """Another one that goes on from here."""
