@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
-@dataclass
+@dataclass(slots=True)
 class Logprob:
     """One token's log probability under the raw logits (before temperature, top-k and the like)."""
 
@@ -14,7 +14,7 @@ class Logprob:
     decoded_token: str | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class CompletionOutput:
     """One generated sequence of a request."""
 
@@ -28,7 +28,7 @@ class CompletionOutput:
     error: str | None = None  # what went wrong, when finish_reason is "error"
 
 
-@dataclass
+@dataclass(slots=True)
 class BeamSearchSequence:
     """One of the sequences that LLM.beam_search found. tokens and text begin with the prompt."""
 
@@ -40,14 +40,14 @@ class BeamSearchSequence:
     stop_reason: int | str | None
 
 
-@dataclass
+@dataclass(slots=True)
 class BeamSearchOutput:
     """What LLM.beam_search found for a prompt, the best first."""
 
     sequences: list[BeamSearchSequence]
 
 
-@dataclass
+@dataclass(slots=True)
 class RequestMetrics:
     """Times in seconds on `time.monotonic()`'s clock.
 
@@ -79,7 +79,7 @@ class RequestMetrics:
         return (self.finished_time - self.first_token_time) / (self.num_output_tokens - 1)
 
 
-@dataclass
+@dataclass(slots=True)
 class RequestOutput:
     """A request's state after a step (streaming) or at its end.
 

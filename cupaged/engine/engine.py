@@ -584,7 +584,7 @@ class Engine:
             self._finish(seq, "stop", ends_with_stop_token=True)
         elif token_id in params.stop_token_ids:
             self._finish(seq, "stop", token_id, ends_with_stop_token=True)
-        elif params.stop and (found := self._decode(seq, len(seq.token_ids))) is not None:
+        elif seq.output_text is not None and (found := seq.output_text.push(token_id)) is not None:
             self.scheduler.finish(seq, "stop", found)
         elif len(seq.token_ids) >= seq.request.max_len:
             self._finish(seq, "length")
@@ -608,10 +608,9 @@ class Engine:
 
     def _decode(self, seq: Sequence, end: int) -> str | None:
         """Bring the text up to token `end`; returns the stop string that this completes, if any."""
-        found, push = None, seq.output_text.push
-        for i in range(seq.num_decoded_tokens, end):
-            found = push(seq.token_ids[i])
-        seq.num_decoded_tokens = max(end, seq.num_decoded_tokens)
+        found, output_text = None, seq.output_text
+        for token_id in seq.token_ids[seq.num_prompt_tokens + output_text.num_tokens : end]:
+            found = output_text.push(token_id)
         return found
 
     def _add_drawn_logprobs(self, seq: Sequence, logprobs: Logprobs, row: int) -> None:
@@ -715,7 +714,12 @@ class Engine:
         for seq, candidate in placed:
             self._continue_beam(seq, candidate, token_ids, values)
         self.counts.num_output_tokens += len(survivors)
-        return [search.settled] if search.settle(request.sequences) else []
+        settled = search.settled
+        if not search.settle(request.sequences):
+            return []
+        if settled.output_text is not None:
+            self._decode(settled, len(settled.token_ids))
+        return [settled]
 
     def _continue_beam(
         self, seq: Sequence, candidate: Continuation, token_ids: list[list[int]], logprobs: list[list[float]]
@@ -740,17 +744,17 @@ class Engine:
         if reason is not None:
             beams = sorted((b for b in beams if b.cumulative_logprob > -math.inf), key=lambda b: -b.cumulative_logprob)
             found += beams[: search.beam_width - len(found)]
+        best, told = found[0], search.settled  # it begins with what was told of already
+        best.news_start = told.news_start
         for rank, seq in enumerate(found):
             seq.index = rank
-            seq.output_text, seq.num_decoded_tokens = self._new_text(request.params), seq.num_prompt_tokens
+            seq.output_text = told.output_text if seq is best else self._new_text(request.params)
             hide_last = search.ends_with_stop_token(seq) and not request.params.include_stop_str_in_output
             stop = self._settle_text(seq, len(seq.token_ids) - hide_last)
             if stop is not None:
                 seq.finish_reason, seq.stop_reason = "stop", stop
             if reason == "error":
                 seq.finish_reason = "error"
-        best, told = found[0], search.settled  # it begins with what was told of already
-        best.num_sent_tokens, best.num_sent_chars = told.num_sent_tokens, told.num_sent_chars
         request.sequences = found
         return found
 
@@ -759,7 +763,8 @@ class Engine:
     def _output(self, request: Request, touched: list[Sequence]) -> RequestOutput | None:
         """What to tell of `request` after a step that brought news of the sequences `touched`; None when it is to be
         told of at its end only."""
-        if finished := request.finished:
+        finished = touched[0].state is FINISHED if request.is_single else request.finished
+        if finished:
             request.metrics.finished_time = time.monotonic()
         elif request.tells_end_only:
             return None
@@ -793,24 +798,18 @@ class Engine:
 
     def _completion(self, seq: Sequence) -> CompletionOutput:
         request, token_ids, output_text = seq.request, seq.token_ids, seq.output_text
-        num_tokens, is_running = len(token_ids), seq.state is not FINISHED
-        start, text = 0, ""
+        start, text, logprobs = seq.news_start, "", seq.logprobs
         if output_text is not None:
-            if is_running:
-                self._decode(seq, num_tokens)
-            text = output_text.after(seq.num_sent_chars) if request.tells_news_only else output_text.text
+            text = output_text.take() if request.tells_news_only else output_text.text
         if request.tells_news_only:
-            start, seq.num_sent_tokens = seq.num_sent_tokens, num_tokens - seq.num_prompt_tokens
-            if output_text is not None:
-                seq.num_sent_chars = output_text.length
-        logprobs = seq.logprobs
-        has_sum = logprobs is not None or (request.search is not None and not is_running)
+            seq.news_start = len(token_ids)
+        has_sum = logprobs is not None or (request.search is not None and seq.state is FINISHED)
         return CompletionOutput(
             seq.index,
             text,
-            token_ids[seq.num_prompt_tokens + start :],
+            token_ids[start:],
             seq.cumulative_logprob if has_sum else None,
-            logprobs[start:] if logprobs is not None else None,
+            logprobs[start - seq.num_prompt_tokens :] if logprobs is not None else None,
             seq.finish_reason,
             seq.stop_reason,
             seq.error,

@@ -18,7 +18,7 @@ class TextDecoder(Protocol):
 
 
 class OutputText:
-    """`text` grows by what is settled and never shrinks: no part of a stop string shows before it turns out not to
+    """`text` grows by what is settled until that is taken: no part of a stop string shows before it turns out not to
     become one, and nothing else is withheld.
 
     A stop string ends the text where its last character arrives; of several that end there, the longest counts.
@@ -31,33 +31,25 @@ class OutputText:
     def __init__(
         self, decoder: TextDecoder, stop: tuple[str, ...] = (), include_stop: bool = False, min_tokens: int = 0
     ):
-        self.length = 0  # of the text, in characters
+        self.num_tokens = 0
         self._pieces: list[str] = []  # which make the text: a token costs the same however long that is
         self._decoder = decoder
         self._stop = stop
         self._include_stop = include_stop
         self._min_tokens = min_tokens
-        self._num_tokens = 0
         self._held = ""  # the longest end of what was decoded that may become a stop string
 
     @property
     def text(self) -> str:
+        """What is settled and has not been taken."""
         if len(self._pieces) > 1:
             self._pieces = ["".join(self._pieces)]
         return self._pieces[0] if self._pieces else ""
 
-    def after(self, start: int) -> str:
-        """text[start:], at the cost of that part."""
-        missing, pieces = self.length - start, self._pieces
-        if missing <= 0:
-            return ""
-        if len(pieces[-1]) == missing:  # as for each token
-            return pieces[-1]
-        first = len(pieces) - 1
-        while len(pieces[first]) < missing:
-            missing -= len(pieces[first])
-            first -= 1
-        return "".join([pieces[first][-missing:], *pieces[first + 1 :]])
+    def take(self) -> str:
+        """The text since the last call, which is then forgotten."""
+        pieces, self._pieces = self._pieces, []
+        return "".join(pieces)  # of a single piece, as for each token, that itself
 
     def copy(self) -> OutputText:
         """Another one that goes on from here."""
@@ -68,27 +60,24 @@ class OutputText:
 
     def push(self, token_id: int) -> str | None:
         """Add a token; returns the stop string that it completes, if any, after which nothing may be added."""
-        self._num_tokens += 1
-        return self._add(self._decoder.push(token_id))
+        self.num_tokens += 1
+        piece = self._decoder.push(token_id)
+        if self._stop:
+            return self._add(piece)
+        self._pieces.append(piece)  # as _add would, but at once
+        return None
 
     def flush(self) -> str | None:
         """Settle everything, since no token follows; returns a stop string that shows up in the last bytes."""
         found = self._add(self._decoder.flush())
-        self._settle(self._held)
+        self._pieces.append(self._held)
         self._held = ""
         return found
 
-    def _settle(self, piece: str) -> None:
-        self._pieces.append(piece)
-        self.length += len(piece)
-
     def _add(self, piece: str) -> str | None:
-        if not self._stop:
-            self._settle(piece)
-            return None
         text = self._held + piece
         matches = []
-        if self._num_tokens > self._min_tokens:
+        if self.num_tokens > self._min_tokens:
             for s in self._stop:
                 # It must end in `piece`: what ended before came too early to count.
                 start = text.find(s, max(0, len(self._held) - len(s) + 1))
@@ -96,17 +85,17 @@ class OutputText:
                     matches.append((start + len(s), start, s))
         if matches:
             end, start, found = min(matches)
-            self._settle(text[:end] if self._include_stop else text[:start])
+            self._pieces.append(text[:end] if self._include_stop else text[:start])
             self._held = ""
             return found
         held = self._longest_beginning_at_end(text)
-        self._settle(text[: len(text) - held])
+        self._pieces.append(text[: len(text) - held])
         self._held = text[len(text) - held :]
         return None
 
     def _longest_beginning_at_end(self, text: str) -> int:
         """The length of the longest end of `text` with which a stop string begins."""
-        for length in range(min(len(text), max(map(len, self._stop)) - 1), 0, -1):
+        for length in range(min(len(text), max(map(len, self._stop), default=0) - 1), 0, -1):
             if any(s.startswith(text[-length:]) for s in self._stop):
                 return length
         return 0

@@ -158,12 +158,10 @@ class Sequence:
         "link",
         "logit_edits",
         "logprobs",
+        "news_start",
         "num_cached_tokens",
-        "num_decoded_tokens",
         "num_prompt_tokens",
         "num_registered_blocks",
-        "num_sent_chars",
-        "num_sent_tokens",
         "output_text",
         "prefix",
         "request",
@@ -195,9 +193,7 @@ class Sequence:
         self.output_text: OutputText | None = None  # None when nothing is to be detokenised
         self.logprobs: list[dict[int, Logprob]] | None = [] if request.params.logprobs is not None else None
         self.cumulative_logprob = 0.0
-        self.num_decoded_tokens = self.num_prompt_tokens  # output_text holds the output tokens before this one
-        self.num_sent_tokens = 0  # what earlier outputs of kind DELTA told
-        self.num_sent_chars = 0
+        self.news_start = self.num_prompt_tokens  # earlier outputs of kind DELTA told of the output before this token
 
     def follow(self, beam: Sequence) -> None:
         """Take over its output so far."""

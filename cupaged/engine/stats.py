@@ -78,12 +78,16 @@ class Counts:
 def num_unfilled_slots(running: list[Request], block_size: int) -> int:
     """Token slots in the used blocks that hold no token."""
     # Only at a sequence's end are slots unfilled, and those that share an end have filled it equally.
-    unfilled = {
-        seq.block_table[-1]: len(seq.block_table) * block_size - seq.num_cached_tokens
-        for request in running
-        for seq in request.active
-    }
-    return sum(unfilled.values())
+    unfilled, unfilled_of_ends = 0, {}
+    for request in running:
+        if request.is_single:  # as most are; it shares none but full blocks
+            seq = request.active[0]
+            unfilled += len(seq.block_table) * block_size - seq.num_cached_tokens
+        else:
+            for seq in request.active:
+                end = seq.block_table[-1]
+                unfilled_of_ends[end] = len(seq.block_table) * block_size - seq.num_cached_tokens
+    return unfilled + sum(unfilled_of_ends.values())
 
 
 def stats(engine: Engine) -> EngineStats:

@@ -56,18 +56,20 @@ def splits(text):
 
 
 @given(st.lists(st.text("ab", max_size=3), max_size=8), st.sampled_from([(), ("ba",)]), st.data())
-def test_the_text_after_a_place_is_its_end(pieces, stop, data):
-    output = OutputText(PieceDecoder(pieces, last="c"), stop)
-    for token_id in range(len(pieces)):
-        if output.push(token_id) is not None:
-            break
-        start = data.draw(st.integers(0, output.length + 1))
-        end = output.after(start)  # of pieces, or, where that is drawn, of a text that was asked for before
+def test_what_is_taken_joins_to_the_text(pieces, stop, data):
+    shown, found = feed(pieces, stop, last="c")
+    output, taken = OutputText(PieceDecoder(pieces, last="c"), stop), ""
+    for token_id, text in enumerate(shown[: len(shown) - (found is None)]):
+        output.push(token_id)
         if data.draw(st.booleans()):
-            assert end == output.text[start:]
-            assert len(output.text) == output.length
-    output.flush()
-    assert [output.after(start) for start in range(9)] == [output.text[start:] for start in range(9)]
+            assert taken + output.text == text
+        if data.draw(st.booleans()):
+            taken += output.take()
+            assert taken == text
+    if found is None:
+        output.flush()
+    assert taken + output.take() == shown[-1]
+    assert output.take() == output.text == ""
 
 
 @pytest.mark.parametrize("include_stop", [False, True])
