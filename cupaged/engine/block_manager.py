@@ -146,7 +146,8 @@ class BlockManager:
         """`heir`, which holds nothing, gets all that `seq` has: what is computed, and room for what is not."""
         heir.block_table, seq.block_table = seq.block_table, []
         heir.num_cached_tokens, seq.num_cached_tokens = seq.num_cached_tokens, 0
-        heir.prefix, heir.num_registered_blocks, heir.link = seq.prefix, seq.num_registered_blocks, seq.link
+        heir.prefix = seq.prefix[: heir.num_cached_tokens // self.block_size]  # beyond, outputs may differ
+        heir.num_registered_blocks, heir.link = seq.num_registered_blocks, seq.link
 
     def free(self, seq: Sequence) -> None:
         """Give up the cache of `seq`, its last block first: what comes late in a sequence is missed least."""

@@ -177,6 +177,25 @@ def test_class_18_abort_at_every_step_of_all_or_of_one_output(num_steps, index):
     assert engine.abort("x") is None
 
 
+def test_the_one_that_takes_over_a_prompt_caches_its_own_outputs():
+    """The first output of a preempted group is aborted while it computes the prompt again. The block with the prompt's
+    last token was to hold an output token of the first one; it holds the heir's."""
+    prompt, params = prompt_of(31), params_of(2)
+    engine = make_engine(max_num_batched_tokens=8)
+    engine.add_request("x", prompt, params)
+    for _ in range(6):
+        engine.step()
+    engine.scheduler.preempt(engine.scheduler.running[0])
+    engine.reset_prefix_cache()
+    engine.step()
+    engine.abort("x", 0)
+    audit(engine)
+    _, wanted = expected_outputs(prompt, params)
+    assert run_all(engine)["x"].outputs[1].token_ids == wanted
+    engine.add_request("y", prompt + wanted[:9], params_of(1, seed=params.seed + 1))
+    assert run_all(engine)["y"].num_cached_tokens == 32
+
+
 def test_a_failing_step_of_a_group_leaks_nothing():
     for num_steps in range(5):
         engine = make_engine(max_num_batched_tokens=12)
