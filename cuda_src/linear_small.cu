@@ -2,6 +2,8 @@
 //
 //   out = y,   out += y   or   out[i, j] = silu(y[i, 2j]) * y[i, 2j + 1]
 //
+// or the same of rms_norm(x), where x is of float.
+//
 // Tiling:   weight is the wide operand of the tensor core: an mma takes 16 rows of weight by 8 tokens, so tokens are
 //           padded to 8 or 16 and no further. A thread block computes 16 * kRowTiles outputs for all tokens; its 8
 //           warps share k, in chunks of 64 columns (128 bytes, one cache line, of each row) dealt out in turn.
@@ -10,6 +12,11 @@
 //           swizzle. That works because the order of a sum's terms is free: lane t of four copies columns 8t .. 8t+7 of
 //           each 32 for every row, of x and of weight alike, and the mma is told that those are its columns 2t, 2t+1,
 //           2t+8, 2t+9, twice.
+// Norm:     while the first weight is on its way, the warps read all of x once, for the sums of its squares. Then x goes
+//           through registers, a chunk ahead, where it is normed and rounded as rms_norm.cu does it: to the order of the
+//           sum of squares, what is multiplied is the same. Each thread block does so anew, out of L2, and that is still
+//           less than a launch costs. A scale that is applied to the sums at the end would save the first reading, but
+//           x without it rounds otherwise, and a row's result would tell how many rows the step has.
 // Numerics: products summed in float32 along each warp's chunks in the order of k, then the 8 sums in the order of the
 //           warps, then the bias, then what is added to; silu in float32, of such sums; one rounding, at the store. An
 //           element's value depends on its row of x, its rows of weight, its bias, what is added to and on k alone: not
@@ -27,24 +34,52 @@ constexpr int kWarps = 8;   // they share k: another number is another order of 
 constexpr int kChunk = 64;  // columns of k that a warp takes at a time
 constexpr int kPiece = 32;  // columns that four lanes hold in 16 bytes each: two steps of k of the mma
 
+// What a lane has of a chunk of rows that are normed: 8 columns of each piece, in 8 or 16 rows.
+template <typename scalar_t, int kPieces, int kTokenTiles>
+struct NormedChunk {
+  Vec<scalar_t> norm[kPieces];
+  Float8 rows[kPieces][kTokenTiles];
+
+  // The rows, normed and rounded, in pairs of elements. scales: of the rows.
+  __device__ __forceinline__ void multiply(Vec<unsigned> (&normed)[kPieces][kTokenTiles],
+                                           const float (&scales)[kTokenTiles]) const {
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece)
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t) {
+        Vec<scalar_t> products;
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+          products.data[e] =
+              from_float<scalar_t>(rows[piece][t].data[e] * (scales[t] * to_float(norm[piece].data[e])));
+        normed[piece][t] = *reinterpret_cast<const Vec<unsigned>*>(&products);
+      }
+  }
+};
+
 // Grid: ceil(n / (16 * kRowTiles)) thread blocks of 8 warps.
 // PRECOND: m <= 8 * kTokenTiles, k % 8 == 0, and x and weight start at multiples of 16 bytes.
 template <typename scalar_t,  // storage type of x, weight and bias
           typename out_t,     // of out: scalar_t or float
+          typename x_t,       // of x: scalar_t, or float: rows that are normed first
           int kRowTiles,      // mma tiles of 16 rows of weight in a thread block
           int kTokenTiles,    // mma tiles of 8 tokens
           int kStages>        // chunks that a warp has on their way
 __global__ void __launch_bounds__(kWarps * kWarpSize)
 linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [m, n / 2]
-             const scalar_t* __restrict__ x,       // [m, k]
+             const x_t* __restrict__ x,            // [m, k]
              const scalar_t* __restrict__ weight,  // [n, k]
              const scalar_t* __restrict__ bias,    // [n], or null; null with kSiluAndMul
+             const scalar_t* __restrict__ norm,    // [k], the norm's weight; not read if x is of scalar_t
              int m, int n, int k,
-             int epilogue) {  // an Epilogue
+             int epilogue,  // an Epilogue
+             float eps) {   // the norm's
   constexpr int kRows = 16 * kRowTiles;
   constexpr int kTokens = 8 * kTokenTiles;
   constexpr int kPieces = kChunk / kPiece;
-  constexpr int kPieceVecs = 2 * kRowTiles + kTokenTiles;  // vectors of a lane in a piece: 8 rows or 8 tokens each
+  constexpr bool kNormed = sizeof(x_t) == sizeof(float);
+  // Vectors of a lane in a piece, 8 rows or 8 tokens each: those of weight, and of x as far as it comes this way.
+  constexpr int kPieceVecs = 2 * kRowTiles + (kNormed ? 0 : kTokenTiles);
   constexpr int kRingVecs = kStages * kPieces * kPieceVecs * kWarpSize;  // vectors of a warp's ring
   constexpr int kSumRow = kRows + 4;  // floats; the 4 extra ones keep the lanes' writes free of bank conflicts
   static_assert(kTokens * kSumRow * sizeof(float) <= kRingVecs * sizeof(Vec<scalar_t>),
@@ -62,7 +97,7 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
   // Where this lane copies its first vectors from. At and past k, zeros are filled in and nothing is read.
   const int column = warp * kChunk + lane % 4 * 8;
   const scalar_t* weight_source = weight + (long long)row * k + column;
-  const scalar_t* x_source = x + (long long)token * k + column;
+  const x_t* x_source = x + (long long)token * k + column;
   const long long stride = 8LL * k;  // from 8 rows to the next 8
   // Start copying this lane's part of the chunk that begins `first` columns after the warp's first one.
   auto copy_weight = [&](int stage, int first) {
@@ -77,6 +112,7 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
     }
   };
   auto copy_x = [&](int stage, int first) {
+    if constexpr (kNormed) return;
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
       const int offset = first + piece * kPiece;
@@ -87,13 +123,67 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
     }
   };
 
+  // Of rows that are to be normed, the chunk that is multiplied next.
+  NormedChunk<scalar_t, kPieces, kTokenTiles> next;
+  auto load_norm = [&](int first) {
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      next.norm[piece] = {};
+      if (column + first + piece * kPiece < k) next.norm[piece] = load_vec(norm + column + first + piece * kPiece);
+    }
+  };
+  auto load_x = [&](int first) {
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece)
+#pragma unroll
+      for (int i = 0; i < kTokenTiles; ++i) {
+        const int offset = first + piece * kPiece;
+        next.rows[piece][i] = {};
+        if (column + offset < k && token + 8 * i < m)
+          next.rows[piece][i] = load_float8(x_source + i * stride + offset);
+      }
+  };
+
   // No kernel writes weight: its first chunks are on their way while the kernel before this one ends. They belong to the
   // first group, so that a group a chunk is counted below.
   constexpr int kTurn = kWarps * kChunk;  // columns from a warp's chunk to its next
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) copy_weight(stage, stage * kTurn);
+  if constexpr (kNormed) load_norm(0);
   griddepcontrol_wait();
   griddepcontrol_launch_dependents();
+  [[maybe_unused]] float scales[kTokenTiles] = {};
+  if constexpr (kNormed) {
+    __shared__ float warp_squares[kWarps][kTokens];
+    float squares[kTokenTiles] = {};
+#pragma unroll 4
+    for (int first = 0; warp * kChunk + first < k; first += kTurn)
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece)
+#pragma unroll
+        for (int t = 0; t < kTokenTiles; ++t) {
+          const int offset = first + piece * kPiece;
+          if (column + offset >= k || token + 8 * t >= m) continue;
+          const Float8 values = load_float8(x_source + t * stride + offset);
+#pragma unroll
+          for (int e = 0; e < 8; ++e) squares[t] += values.data[e] * values.data[e];
+        }
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t) {
+      squares[t] += __shfl_xor_sync(kFullMask, squares[t], 1);
+      squares[t] += __shfl_xor_sync(kFullMask, squares[t], 2);
+      if (lane % 4 == 0) warp_squares[warp][t * 8 + token] = squares[t];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t) {
+      float square = 0.f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) square += warp_squares[w][t * 8 + token];
+      scales[t] = rsqrtf(square / k + eps);
+    }
+    load_x(0);
+  }
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
     copy_x(stage, stage * kTurn);
@@ -103,14 +193,23 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
   float sum[kRowTiles][kTokenTiles][4] = {};
   int stage = 0;
   for (int first = 0; warp * kChunk + first < k; first += kTurn) {
+    Vec<unsigned> normed[kPieces][kTokenTiles];
+    if constexpr (kNormed) {
+      next.multiply(normed, scales);
+      load_norm(first + kTurn);
+      load_x(first + kTurn);
+    }
     cp_async_wait_group<kStages - 1>();  // this lane's own copies: nobody else reads them
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
       const Vec<scalar_t>* place = ring + (stage * kPieces + piece) * kPieceVecs * kWarpSize;
-      Vec<unsigned> pairs[kPieceVecs];  // of elements, as the mma takes them
+      Vec<unsigned> pairs[2 * kRowTiles + kTokenTiles];  // of elements, as the mma takes them
 #pragma unroll
       for (int i = 0; i < kPieceVecs; ++i)
         pairs[i] = load_vec(reinterpret_cast<const unsigned*>(place + i * kWarpSize));
+      if constexpr (kNormed)
+#pragma unroll
+        for (int i = 0; i < kTokenTiles; ++i) pairs[2 * kRowTiles + i] = normed[piece][i];
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
 #pragma unroll

@@ -87,7 +87,7 @@ def assert_matches_formula(out, x, weight, bias, added_to=None):
 def gated(runner, operation, x, gate, up, tile, **more) -> np.ndarray:
     """The operation's out, NaN before it. What lies around it must not be written."""
     weight = np.stack([gate, up], axis=1).reshape(-1, gate.shape[1])
-    out, buffer = guarded(runner, poisoned((len(x), len(gate)), x.dtype))
+    out, buffer = guarded(runner, poisoned((len(x), len(gate)), gate.dtype))
     operation(out, guarded(runner, x)[0], guarded(runner, weight)[0], **chosen(tile), **more)
     buffer = runner.host(buffer)
     assert is_poison(buffer[:GUARD]).all()

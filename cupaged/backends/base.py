@@ -154,6 +154,19 @@ class Backend(Protocol):
         of gate and up.
         """
 
+    def rms_norm_linear(
+        self, out: Array, x: Array, norm: Array, eps: float, normed: Array, weight: Array, bias: Array | None = None
+    ) -> None:
+        """`linear` of `rms_norm`: out = rms_norm(x, norm, eps) @ weight^T + bias, where x is float32.
+
+        normed [n, hidden] dtype: memory for the norm, which may be there afterwards.
+        """
+
+    def rms_norm_linear_silu_and_mul(
+        self, out: Array, x: Array, norm: Array, eps: float, normed: Array, weight: Array
+    ) -> None:
+        """`linear_silu_and_mul` of `rms_norm`, as in rms_norm_linear."""
+
     def rope_and_store_kv(
         self,
         qkv: Array,

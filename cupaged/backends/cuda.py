@@ -31,7 +31,13 @@ from cupaged.kernels.layers import Layers
 from cupaged.kernels.linear import linear, linear_silu_and_mul, linear_workspace_size
 from cupaged.kernels.linear_few_sm90 import linear_few_sm90, linear_few_sm90_silu_and_mul
 from cupaged.kernels.linear_sm90 import linear_sm90, linear_sm90_silu_and_mul
-from cupaged.kernels.linear_small import MAX_ROWS, linear_small, linear_small_silu_and_mul
+from cupaged.kernels.linear_small import (
+    MAX_ROWS,
+    linear_small,
+    linear_small_silu_and_mul,
+    rms_norm_linear_small,
+    rms_norm_linear_small_silu_and_mul,
+)
 from cupaged.kernels.logits import edit_logits, keep_allowed
 from cupaged.kernels.logprobs import logprobs
 from cupaged.kernels.paged_decode import KERNELS as DECODE
@@ -519,6 +525,28 @@ class CudaBackend:
 
     def linear_silu_and_mul(self, out: Array, x: Array, weight: Array) -> None:
         self._linear_kernels(x, weight).silu_and_mul(out, x, weight)
+
+    def rms_norm_linear(
+        self, out: Array, x: Array, norm: Array, eps: float, normed: Array, weight: Array, bias: Array | None = None
+    ) -> None:
+        if self._norms_within(x, weight):
+            rms_norm_linear_small(out, x, norm, eps, weight, bias)
+        else:
+            rms_norm(normed, x, norm, eps)
+            self.linear(out, normed, weight, bias)
+
+    def rms_norm_linear_silu_and_mul(
+        self, out: Array, x: Array, norm: Array, eps: float, normed: Array, weight: Array
+    ) -> None:
+        if self._norms_within(x, weight):
+            rms_norm_linear_small_silu_and_mul(out, x, norm, eps, weight)
+        else:
+            rms_norm(normed, x, norm, eps)
+            self.linear_silu_and_mul(out, normed, weight)
+
+    def _norms_within(self, x: Array, weight: Array) -> bool:
+        """Whether the kernel for these products norms x itself."""
+        return self._linear_kernels(x, weight) is SMALL
 
     def _linear_kernels(self, x: Array, weight: Array) -> LinearKernels:
         """Up to 16 rows, up to 64 and more are summed in three orders (on Hopper, up to 64 in one where the weight is

@@ -145,6 +145,14 @@ class ReferenceBackend:
         np.divide(gate, out, out=out)
         out *= up
 
+    def rms_norm_linear(self, out, x, norm, eps: float, normed, weight, bias=None) -> None:
+        self.rms_norm(normed, x, norm, eps)
+        self.linear(out, normed, weight, bias)
+
+    def rms_norm_linear_silu_and_mul(self, out, x, norm, eps: float, normed, weight) -> None:
+        self.rms_norm(normed, x, norm, eps)
+        self.linear_silu_and_mul(out, normed, weight)
+
     def rope_and_store_kv(
         self, qkv, arena: KVArena, layer: int, positions, slot_mapping, cos_sin, num_heads: int,
         q_norm=None, k_norm=None, eps: float = 0.0,

@@ -98,21 +98,31 @@ def _scratch(workspace, num_tiles: int, floats_per_tile: int):
     return workspace[COUNTERS_SIZE:wanted].view(np.float32), workspace[:COUNTERS_SIZE].view(np.int32)
 
 
-def check_linear(out, x, weight, bias, epilogue: Epilogue) -> tuple[int, int, int]:
-    """Check the operands of a linear operation; returns (m, n, k), the shapes of x [m, k] and weight [n, k]."""
-    check_dtype("x", x, HALF_TYPES)
+def check_linear(out, x, weight, bias, epilogue: Epilogue, norm=None) -> tuple[int, int, int]:
+    """Check the operands of a linear operation, of rms_norm(x) if there is the norm's weight; returns (m, n, k), the
+    shapes of x [m, k] and weight [n, k]."""
+    dtype = x.dtype
+    if norm is None:
+        check_dtype("x", x, HALF_TYPES)
+    else:
+        check_dtype("x", x, (FLOAT32,))
+        check_dtype("weight", weight, HALF_TYPES)
+        dtype = weight.dtype
     check("x", x, (None, None), x.dtype)
     m, k = x.shape
-    check("weight", weight, (None, k), x.dtype)
+    check("weight", weight, (None, k), dtype)
     n = weight.shape[0]
+    if norm is not None:
+        check("norm", norm, (k,), dtype)
+        check_vectors("norm", norm, k)
     if bias is not None:
-        check("bias", bias, (n,), x.dtype)
-    columns, out_dtypes = n, (x.dtype, FLOAT32)
+        check("bias", bias, (n,), dtype)
+    columns, out_dtypes = n, (dtype, FLOAT32)
     if epilogue is Epilogue.ACCUMULATE:
         out_dtypes = (FLOAT32,)
     elif epilogue is Epilogue.SILU_AND_MUL:
         check_that(n % 2 == 0, f"weight: rows must be pairs of gate and up; got {n}")
-        columns, out_dtypes = n // 2, (x.dtype,)
+        columns, out_dtypes = n // 2, (dtype,)
     check_dtype("out", out, out_dtypes)
     check("out", out, (m, columns), out.dtype)
     check_that(k > 0, "x: rows must not be empty")

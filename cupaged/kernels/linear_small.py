@@ -1,4 +1,5 @@
-"""The operations of linear.py for at most 16 rows, at the speed at which weight can be read."""
+"""The operations of linear.py for at most 16 rows, at the speed at which weight can be read; also of rows that are to
+be normed first."""
 
 from __future__ import annotations
 
@@ -30,27 +31,47 @@ def linear_small_silu_and_mul(out, x, weight, *, tile: LinearSmallTile | None = 
     _launch(out, x, weight, None, Epilogue.SILU_AND_MUL, tile)
 
 
-def _launch(out, x, weight, bias, epilogue: Epilogue, tile: LinearSmallTile | None) -> None:
-    m, n, k = check_linear(out, x, weight, bias, epilogue)
+def rms_norm_linear_small(out, x, norm, eps: float, weight, bias=None, *, tile: LinearSmallTile | None = None) -> None:
+    """out = rms_norm(x) @ weight^T + bias in one launch: x [m, k] float32, of at most 16 rows; norm [k], weight and
+    bias bfloat16 or float16. rms_norm as in the launcher of that name, rounded to that type before the products.
+
+    A row of out depends on its row of x alone, bit for bit, as in `linear_small`.
+    """
+    _launch(out, x, weight, bias, Epilogue.STORE, tile, norm, eps)
+
+
+def rms_norm_linear_small_silu_and_mul(
+    out, x, norm, eps: float, weight, *, tile: LinearSmallTile | None = None
+) -> None:
+    """out = silu(rms_norm(x) @ gate^T) * (rms_norm(x) @ up^T), the operands as in `rms_norm_linear_small`."""
+    _launch(out, x, weight, None, Epilogue.SILU_AND_MUL, tile, norm, eps)
+
+
+def _launch(
+    out, x, weight, bias, epilogue: Epilogue, tile: LinearSmallTile | None, norm=None, eps: float = 0.0
+) -> None:
+    m, n, k = check_linear(out, x, weight, bias, epilogue, norm)
     check_that(m <= MAX_ROWS, f"x: linear_small takes at most {MAX_ROWS} rows; got {m}, use linear")
     if m == 0 or n == 0:
         return
     tile = tile or linear_small_tile(m, n, device_info())
     check_that(m <= 8 * tile.token_tiles, f"tile: {8 * tile.token_tiles} tokens are too few for the {m} rows of x")
-    sizes = (np.int32(m), np.int32(n), np.int32(k))
-    args = (out, x, weight, NULL if bias is None else bias, *sizes, np.int32(epilogue))
-    kernel = load_kernel("linear_small.cu", _name(x.dtype, out.dtype, tile))
-    kernel((ceil_div(n, 16 * tile.row_tiles),), (NUM_THREADS,), args, tile.shared_bytes)
+    pointers = (out, x, weight, NULL if bias is None else bias, NULL if norm is None else norm)
+    args = (*pointers, np.int32(m), np.int32(n), np.int32(k), np.int32(epilogue), np.float32(eps))
+    kernel = load_kernel("linear_small.cu", _name(weight.dtype, out.dtype, x.dtype, tile))
+    shared_bytes = tile.shared_bytes if norm is None else tile.weight_bytes
+    kernel((ceil_div(n, 16 * tile.row_tiles),), (NUM_THREADS,), args, shared_bytes)
 
 
 def instantiations() -> Iterator[tuple[str, str]]:
     """Every (file, name) that is loaded here."""
     for dtype in HALF_TYPES:
         for out_dtype in (dtype, FLOAT32):
-            for tile in LINEAR_SMALL_TILES:
-                yield "linear_small.cu", _name(dtype, out_dtype, tile)
+            for x_dtype in (dtype, FLOAT32):
+                for tile in LINEAR_SMALL_TILES:
+                    yield "linear_small.cu", _name(dtype, out_dtype, x_dtype, tile)
 
 
-def _name(dtype, out_dtype, tile: LinearSmallTile) -> str:
+def _name(dtype, out_dtype, x_dtype, tile: LinearSmallTile) -> str:
     sizes = f"{tile.row_tiles}, {tile.token_tiles}, {tile.stages}"
-    return f"linear_small<{C_TYPE[dtype]}, {C_TYPE[out_dtype]}, {sizes}>"
+    return f"linear_small<{C_TYPE[dtype]}, {C_TYPE[out_dtype]}, {C_TYPE[x_dtype]}, {sizes}>"

@@ -135,7 +135,12 @@ class LinearSmallTile:
     @property
     def shared_bytes(self) -> int:
         """8 warps, each with `stages` chunks of 64 columns (128 bytes) of its rows and tokens."""
-        return 8 * self.stages * (16 * self.row_tiles + 8 * self.token_tiles) * 128
+        return self.weight_bytes + 8 * self.stages * 8 * self.token_tiles * 128
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of these, what rows of weight take."""
+        return 8 * self.stages * 16 * self.row_tiles * 128
 
 
 LINEAR_SMALL_ROWS = 16  # of x, at most

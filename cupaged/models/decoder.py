@@ -49,7 +49,7 @@ class Decoder:
         # The embedding and all that attention and the MLPs have added to it so far. In float32: a 16-bit type would
         # round the whole of it each time, and these roundings would be most of the logits' error.
         self._residual = tokens_by(config.hidden_size, np.float32)
-        self._x = tokens_by(config.hidden_size)  # its norm, which they read
+        self._x = tokens_by(config.hidden_size)  # its norm, which they read, unless that is part of a product
         self._qkv = tokens_by(config.qkv_size)
         self._attended = tokens_by(config.num_heads * config.head_dim)
         self._activated = tokens_by(config.intermediate_size)
@@ -65,15 +65,13 @@ class Decoder:
         that the next call overwrites; compute_logits gives those of other tokens afterwards. Allocates nothing, waits
         for nothing and reads nothing back. Raises ValueError for a batch that is larger than the buffers.
         """
-        ops, eps, weights = self.backend, self.config.rms_norm_eps, self.weights
+        ops, weights = self.backend, self.weights
         n = batch.num_tokens
         self._check_fits("tokens", n, "max_num_tokens", self._x)
         residual, x = self._residual[:n], self._x[:n]
 
         def run_layer(index: int, layer: LayerWeights) -> None:
-            ops.rms_norm(x, residual, layer.input_norm, eps)
             self._attention(residual, x, layer, index, batch, arena)
-            ops.rms_norm(x, residual, layer.post_attention_norm, eps)
             self._mlp(residual, x, layer)
 
         ops.embedding(residual, weights.embed_tokens, batch.token_ids)
@@ -87,17 +85,16 @@ class Decoder:
         self._check_fits("logits", m, "max_num_logits", self._logits)
         residual, x, logits = self._last_residual[:m], self._last_x[:m], self._logits[:m]
         ops.embedding(residual, self._residual, indices)
-        ops.rms_norm(x, residual, self.weights.norm, self.config.rms_norm_eps)
-        ops.linear(logits, x, self.weights.lm_head)
+        ops.rms_norm_linear(logits, residual, self.weights.norm, self.config.rms_norm_eps, x, self.weights.lm_head)
         return logits
 
     def _attention(
         self, residual: Array, x: Array, layer: LayerWeights, index: int, batch: Batch, arena: KVArena
     ) -> None:
-        """residual += o_proj(attention(rope(q_proj(x)), rope(k_proj(x)), v_proj(x)))"""
+        """residual += o_proj(attention(rope(q_proj(x)), rope(k_proj(x)), v_proj(x))), where x is the residual's norm"""
         ops, config, n = self.backend, self.config, x.shape[0]
         qkv, attended = self._qkv[:n], self._attended[:n]
-        ops.linear(qkv, x, layer.qkv, layer.qkv_bias)
+        ops.rms_norm_linear(qkv, residual, layer.input_norm, config.rms_norm_eps, x, layer.qkv, layer.qkv_bias)
         ops.rope_and_store_kv(
             qkv, arena, index, batch.positions, batch.slot_mapping, self.cos_sin, config.num_heads,
             layer.q_norm, layer.k_norm, config.rms_norm_eps,
@@ -108,9 +105,10 @@ class Decoder:
         ops.linear(residual, attended, layer.o, accumulate=True)
 
     def _mlp(self, residual: Array, x: Array, layer: LayerWeights) -> None:
-        """residual += down_proj(silu(gate_proj(x)) * up_proj(x))"""
+        """residual += down_proj(silu(gate_proj(x)) * up_proj(x)), where x is the residual's norm"""
         ops, activated = self.backend, self._activated[: x.shape[0]]
-        ops.linear_silu_and_mul(activated, x, layer.gate_up)
+        norm, eps = layer.post_attention_norm, self.config.rms_norm_eps
+        ops.rms_norm_linear_silu_and_mul(activated, residual, norm, eps, x, layer.gate_up)
         ops.linear(residual, activated, layer.down, accumulate=True)
 
     @staticmethod

@@ -25,7 +25,13 @@ from cupaged.kernels import linear_small as linear_small_module
 from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32, HALF_TYPES, ceil_div
 from cupaged.kernels.device import DeviceInfo, set_device_info
 from cupaged.kernels.linear import COUNTERS_SIZE, linear, linear_silu_and_mul, linear_workspace_size
-from cupaged.kernels.linear_small import MAX_ROWS, linear_small, linear_small_silu_and_mul
+from cupaged.kernels.linear_small import (
+    MAX_ROWS,
+    linear_small,
+    linear_small_silu_and_mul,
+    rms_norm_linear_small,
+    rms_norm_linear_small_silu_and_mul,
+)
 from cupaged.kernels.tuning import (
     LINEAR_SMALL_TILES,
     LINEAR_TILES,
@@ -96,6 +102,107 @@ def test_linear_matches_the_formula(runner, rng, m, n, k, dtype, out_dtype, with
 def test_linear_small_matches_the_formula(runner, rng, m, n, k, dtype, out_dtype, with_bias, tile):
     x, weight, bias = operands(rng, m, n, k, dtype, with_bias)
     assert_matches_formula(run(runner, linear_small, x, weight, bias, out_dtype, tile), x, weight, bias)
+
+
+# -- of rows that are normed first ---------------------------------------------------------------------------------
+
+EPS = 0.1  # enough to show
+
+
+def norm_operands(rng, m: int, k: int, dtype):
+    """Rows of float32 of different sizes, the norm's weight, and the norm, rounded. No element of the norm is so near
+    the middle between two numbers of dtype that float32's errors could round it to the other one."""
+    norm = (1 + rng.standard_normal(k) / 4).astype(dtype)
+    rows, normed = [], []
+    while len(rows) < m:
+        row = rng.standard_normal(k, np.float32) * np.float32(10.0 ** rng.integers(-1, 3))
+        exact = row / np.sqrt(np.mean(np.square(row, dtype=np.float64)) + EPS) * norm.astype(np.float64)
+        low, high = ((exact * (1 + error)).astype(dtype) for error in (-(2.0**-21), 2.0**-21))
+        if np.array_equal(low, high):
+            rows.append(row)
+            normed.append(low)
+    return np.array(rows), norm, np.array(normed)
+
+
+def run_normed(runner, rows, norm, weight, bias, out_dtype, tile) -> np.ndarray:
+    norm = guarded(runner, norm)[0]
+
+    def operation(out, x, weight, bias, *, accumulate, tile):
+        assert not accumulate
+        rms_norm_linear_small(out, x, norm, EPS, weight, bias, tile=tile)
+
+    return run(runner, operation, rows, weight, bias, out_dtype, tile)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "with_bias", "tile", "dtype", "out_dtype"),
+    [
+        pytest.param(m, n, k, with_bias, tile, dtype, out_dtype, id=f"{tile_id(tile)}-{m}x{n}x{k}")
+        for tile, (dtype, out_dtype) in zip(
+            LINEAR_SMALL_TILES,
+            [(BFLOAT16, FLOAT32), (FLOAT16, FLOAT16), (FLOAT16, FLOAT32), (BFLOAT16, BFLOAT16)],
+            strict=True,
+        )
+        for m, n, k, with_bias in (
+            (1, 40, 8, True),
+            (8 * tile.token_tiles, 16 * tile.row_tiles, 512, False),
+            (8 * tile.token_tiles - 1, 16 * tile.row_tiles + 1, 576, True),
+            (8 * tile.token_tiles - 7, 48 * tile.row_tiles - 1, 512 * (tile.stages + 1) + 24, False),
+        )
+    ],
+)
+def test_products_of_normed_rows_match_the_formula(runner, rng, m, n, k, with_bias, tile, dtype, out_dtype):
+    _, weight, bias = operands(rng, m, n, k, dtype, with_bias)
+    rows, norm, normed = norm_operands(rng, m, k, dtype)
+    out = run_normed(runner, rows, norm, weight, bias, out_dtype, tile)
+    assert_matches_formula(out, normed, weight, bias)
+
+
+@pytest.mark.parametrize("tile", LINEAR_SMALL_TILES, ids=tile_id)
+def test_silu_and_mul_of_normed_rows_match_the_formula(runner, rng, tile):
+    m, n, k = 8 * tile.token_tiles - 1, 8 * tile.row_tiles + 8, 576
+    _, gate, up = gate_and_up(rng, m, n, k, BFLOAT16)
+    rows, norm, normed = norm_operands(rng, m, k, BFLOAT16)
+    norm = guarded(runner, norm)[0]
+
+    def operation(out, x, weight, *, tile):
+        rms_norm_linear_small_silu_and_mul(out, x, norm, EPS, weight, tile=tile)
+
+    found = gated(runner, operation, rows, gate, up, tile)
+    assert_gated_matches_formula(found, normed, gate, up)
+
+
+def test_normed_rows_give_the_same_bits_in_every_tile_and_batch(runner, rng):
+    _, weight, bias = operands(rng, 16, 50, 1160, BFLOAT16, True)
+    rows, norm, _ = norm_operands(rng, 16, 1160, BFLOAT16)
+    together = run_normed(runner, rows, norm, weight, bias, BFLOAT16, LINEAR_SMALL_TILES[3])
+    for tile in LINEAR_SMALL_TILES:
+        for some in (slice(1), slice(15, 16), slice(5, 12), slice(None)):
+            if len(rows[some]) <= 8 * tile.token_tiles:
+                alone = run_normed(runner, rows[some], norm, weight, bias, BFLOAT16, tile)
+                assert np.array_equal(alone, together[some])
+
+
+def test_a_nan_among_normed_rows_stays_in_its_row(runner, rng):
+    _, weight, _ = operands(rng, 7, 20, 72, BFLOAT16, False)
+    rows, norm, _ = norm_operands(rng, 7, 72, BFLOAT16)
+    rows[3, 71] = np.nan
+    out = run_normed(runner, rows, norm, weight, None, BFLOAT16, LINEAR_SMALL_TILES[0]).astype(np.float32)
+    assert np.isnan(out[3]).all()
+    assert np.isfinite(np.delete(out, 3, axis=0)).all()
+
+
+def test_bad_operands_of_normed_products_are_named():
+    out, weight, norm = (np.zeros(shape, BFLOAT16) for shape in ((4, 8), (8, 16), (16,)))
+    x = np.zeros((4, 16), np.float32)
+    with pytest.raises(ValueError, match="x: dtype must be float32; got bfloat16"):
+        rms_norm_linear_small(out, x.astype(BFLOAT16), norm, EPS, weight)
+    with pytest.raises(ValueError, match="weight: dtype must be bfloat16 or float16; got float32"):
+        rms_norm_linear_small(out, x, norm, EPS, weight.astype(FLOAT32))
+    with pytest.raises(ValueError, match=r"norm: expected shape \(16\) bfloat16"):
+        rms_norm_linear_small(out, x, norm[:8], EPS, weight)
+    with pytest.raises(ValueError, match=r"out: expected shape \(4, 4\)"):
+        rms_norm_linear_small_silu_and_mul(out, x, norm, EPS, weight)
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
@@ -472,7 +579,9 @@ def test_chosen_tiles_fit_the_device_and_are_shipped(device):
             tile = linear_small_tile(m, n, device)
             assert tile.shared_bytes <= device.max_shared_bytes
             assert tile.token_tiles == ceil_div(m, 8)
-            assert f"linear_small<__half, __half, {tile.row_tiles}, {tile.token_tiles}, {tile.stages}>" in small_names
+            sizes = f"{tile.row_tiles}, {tile.token_tiles}, {tile.stages}"
+            assert f"linear_small<__half, __half, __half, {sizes}>" in small_names
+            assert f"linear_small<__nv_bfloat16, __nv_bfloat16, float, {sizes}>" in small_names
 
 
 @DEVICES
