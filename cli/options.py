@@ -77,9 +77,7 @@ _ENGINE_OPTIONS = [
         type=Size(),
         help="Most host memory that swapping may take.  [default: 4GiB on a GPU]",
     ),
-    click.option(
-        "--enforce-eager", is_flag=True, help="Launch kernels one by one, instead of steps as CUDA graphs."
-    ),
+    click.option("--enforce-eager", is_flag=True, help="Launch kernels one by one, instead of steps as CUDA graphs."),
     click.option(
         "--async-scheduling/--no-async-scheduling",
         default=None,

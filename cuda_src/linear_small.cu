@@ -154,7 +154,7 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
   griddepcontrol_launch_dependents();
   [[maybe_unused]] float scales[kTokenTiles] = {};
   if constexpr (kNormed) {
-    __shared__ float warp_squares[kWarps][kTokens];
+    float* warp_squares = reinterpret_cast<float*>(reinterpret_cast<Vec<scalar_t>*>(shared) + kWarps * kRingVecs);
     float squares[kTokenTiles] = {};
 #pragma unroll 4
     for (int first = 0; warp * kChunk + first < k; first += kTurn)
@@ -172,14 +172,14 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
     for (int t = 0; t < kTokenTiles; ++t) {
       squares[t] += __shfl_xor_sync(kFullMask, squares[t], 1);
       squares[t] += __shfl_xor_sync(kFullMask, squares[t], 2);
-      if (lane % 4 == 0) warp_squares[warp][t * 8 + token] = squares[t];
+      if (lane % 4 == 0) warp_squares[warp * kTokens + t * 8 + token] = squares[t];
     }
     __syncthreads();
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
       float square = 0.f;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) square += warp_squares[w][t * 8 + token];
+      for (int w = 0; w < kWarps; ++w) square += warp_squares[w * kTokens + t * 8 + token];
       scales[t] = rsqrtf(square / k + eps);
     }
     load_x(0);

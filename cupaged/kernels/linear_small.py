@@ -59,7 +59,7 @@ def _launch(
     pointers = (out, x, weight, NULL if bias is None else bias, NULL if norm is None else norm)
     args = (*pointers, np.int32(m), np.int32(n), np.int32(k), np.int32(epilogue), np.float32(eps))
     kernel = load_kernel("linear_small.cu", _name(weight.dtype, out.dtype, x.dtype, tile))
-    shared_bytes = tile.shared_bytes if norm is None else tile.weight_bytes
+    shared_bytes = tile.shared_bytes if norm is None else tile.normed_shared_bytes
     kernel((ceil_div(n, 16 * tile.row_tiles),), (NUM_THREADS,), args, shared_bytes)
 
 

@@ -135,12 +135,12 @@ class LinearSmallTile:
     @property
     def shared_bytes(self) -> int:
         """8 warps, each with `stages` chunks of 64 columns (128 bytes) of its rows and tokens."""
-        return self.weight_bytes + 8 * self.stages * 8 * self.token_tiles * 128
+        return 8 * self.stages * (16 * self.row_tiles + 8 * self.token_tiles) * 128
 
     @property
-    def weight_bytes(self) -> int:
-        """Of these, what rows of weight take."""
-        return 8 * self.stages * 16 * self.row_tiles * 128
+    def normed_shared_bytes(self) -> int:
+        """Where x is normed: of the rows alone, and the warps' sums of squares for each token."""
+        return 8 * self.stages * 16 * self.row_tiles * 128 + 8 * 8 * self.token_tiles * 4
 
 
 LINEAR_SMALL_ROWS = 16  # of x, at most
@@ -251,13 +251,8 @@ class LinearFewTile:
         return 896 + ring + parts + (2 * self.stages + 1) * 8
 
 
-# At most 113 KB each: a thread block of the next kernel has room beside one and fetches its first weights. Large ones
-# last, and of those the deep rings.
+# At most 113 KB each: a thread block of the next kernel has room beside one and fetches its first weights.
 LINEAR_FEW_TILES = (
-    # Four of these have room on an SM. Where that is room for all, they share DRAM evenly and end together; tiles with
-    # deeper rings, of which an SM has three and another one four in turns, took 3 % longer.
-    LinearFewTile(tokens=8, groups=1, stages=5, splits=1),
-    LinearFewTile(tokens=16, groups=1, stages=5, splits=1),
     *(
         LinearFewTile(tokens, 1, stages, splits)
         for tokens, stages in ((8, 12), (16, 10), (32, 8), (64, 6))

@@ -172,9 +172,7 @@ def test_splits_for_shape(n, k, splits):
     ("m", "n", "tile"),
     [
         (1, 16384, LinearFewTile(8, 1, 12, 1)),  # 256 thread blocks of 113 KB have room at once
-        (8, 28672, LinearFewTile(8, 1, 5, 1)),  # 448 haven't, but of 46 KB
-        (16, 28672, LinearFewTile(16, 1, 5, 1)),
-        (8, 128256, LinearFewTile(8, 1, 12, 1)),  # no tile gives so few
+        (8, 28672, LinearFewTile(8, 1, 12, 1)),  # 448 haven't, but there is no other tile of 8 tokens
         (64, 16384, LinearFewTile(64, 1, 6, 1)),
         (32, 28672, LinearFewTile(32, 2, 4, 1)),
         (64, 128256, LinearFewTile(64, 2, 4, 1)),
