@@ -101,8 +101,9 @@ class EngineConfig:
     async_scheduling: launch a step before the tokens of the one before it are known, so that the device need not wait
         for the host in between. Tokens are the same either way. None does so on a GPU; on the CPU it hides nothing.
     max_queue_len: the most requests that may wait; more are refused with QueueFullError. None sets no limit.
-    enforce_eager: launch the kernels of every step one by one. Otherwise, on a GPU, steps that only decode are captured
-        as CUDA graphs when batches of a size and length first come: less time, some memory, the same results.
+    enforce_eager: launch the kernels of every step one by one. Otherwise, on a GPU, steps that only decode, and small
+        ones with prompts, are captured as CUDA graphs when batches of a size and length come: less time, some memory,
+        the same results.
     debug: check the engine's books after every step, and fill freed blocks with NaN; slow.
     """
 

@@ -271,7 +271,7 @@ class LLM:
         if stats.mean_sharing:
             lines.append(f"sharing: {stats.mean_sharing:.1%} of the blocks saved, {stats.num_copies} copied on write")
         if stats.num_graphs:
-            lines.append(f"CUDA graphs: {stats.num_graphs} shapes of decode steps captured")
+            lines.append(f"CUDA graphs: {stats.num_graphs} shapes of steps captured")
         if stats.num_preemptions:
             line = f"preemptions: {stats.num_preemptions}"
             if stats.num_tokens_lost:

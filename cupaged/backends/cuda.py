@@ -32,6 +32,7 @@ from cupaged.kernels.linear import linear, linear_silu_and_mul, linear_workspace
 from cupaged.kernels.linear_few_sm90 import linear_few_sm90, linear_few_sm90_silu_and_mul
 from cupaged.kernels.linear_sm90 import linear_sm90, linear_sm90_silu_and_mul
 from cupaged.kernels.linear_small import (
+    MAX_NORMED_COLUMNS,
     MAX_ROWS,
     linear_small,
     linear_small_silu_and_mul,
@@ -545,8 +546,8 @@ class CudaBackend:
             self.linear_silu_and_mul(out, normed, weight)
 
     def _norms_within(self, x: Array, weight: Array) -> bool:
-        """Whether the kernel for these products norms x itself."""
-        return self._linear_kernels(x, weight) is SMALL
+        """Whether the kernel for these products is to norm x itself."""
+        return x.shape[1] <= MAX_NORMED_COLUMNS and self._linear_kernels(x, weight) is SMALL
 
     def _linear_kernels(self, x: Array, weight: Array) -> LinearKernels:
         """Up to 16 rows, up to 64 and more are summed in three orders (on Hopper, up to 64 in one where the weight is

@@ -475,7 +475,8 @@ class Engine:
                 self._end_search(request, "error")
             else:
                 for seq in request.sequences:
-                    self._settle_text(seq, len(seq.token_ids))
+                    if seq.finish_reason == "error":  # others have ended before
+                        self._settle_text(seq, len(seq.token_ids))
             touched[request] = request.sequences
         if schedule.sequences:
             for seq in self._take_in(step):

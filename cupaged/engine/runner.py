@@ -152,7 +152,7 @@ class Runner:
 
     @property
     def num_graphs(self) -> int:
-        """Decode steps that are captured."""
+        """Shapes of steps that are captured."""
         return 0 if self._graphs is None else self._graphs.num_graphs
 
     def swap(self, dst: KVArena, src: KVArena, pairs: list[tuple[int, int]]) -> float:

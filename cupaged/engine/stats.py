@@ -43,7 +43,7 @@ class EngineStats:
     swap_space_bytes: int  # of its slabs
     swapped_bytes: int  # copied into and out of the swap space
     swap_seconds: float  # that this took
-    num_graphs: int  # shapes of decode steps that are captured as CUDA graphs
+    num_graphs: int  # shapes of steps that are captured as CUDA graphs
     mean_queue_time: float  # seconds from a request's arrival to its first step; each one's is in its metrics
 
 

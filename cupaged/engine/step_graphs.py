@@ -9,8 +9,7 @@ shrink. Padded sequences have no tokens: they write to no slot and attend to not
 
 Steps that only decode come in few shapes, and are recorded at once. Of those with prompts in them only small ones are
 padded, where launches take the host as long as the device works; there are many more shapes of these, so one is
-recorded when it comes a second time, and the shapes that were not met for the longest are forgotten. Their lengths grow
-by four, not by two, for fewer of them.
+recorded when it comes a second time. Graphs that were not used for the longest are forgotten.
 
 A padded step gives the bits of the step that it pads: rows of the forward pass don't depend on each other, keys are
 split at positions of the sequence's own, and no size in BATCH_SIZES or STEP_SIZES is across an edge between two matrix
@@ -35,8 +34,8 @@ from cupaged.memory.arena import KVArena
 BATCH_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))  # vLLM's; steps of more sequences are not captured
 STEP_SIZES = (16, *range(64, 513, 64))  # tokens of a step with prompts; those with more keep the device busy
 MAX_PROMPTS = 16  # in such a step
-MIN_LENGTH = 256  # tokens; longer ones are twice as many and so on. Shorter block tables would save next to nothing.
-MAX_GRAPHS = 256  # shapes that are remembered; a graph takes the device some hundred KB
+MIN_LENGTH = 256  # tokens; from here on lengths are powers of two. Shorter block tables would save next to nothing.
+MAX_GRAPHS = 256  # and as many shapes that have come once; a graph takes the device some hundred KB
 
 logger = logging.getLogger(__name__)
 
@@ -70,17 +69,18 @@ class StepGraphs:
             max_model_len=max_model_len,
         )
         self._padded_shape = functools.lru_cache(maxsize=4096)(find)
-        # What launches all of a step at once, and the logits that it leaves, by what the launches were recorded with;
-        # None where such a step has come once. The last ones met stand last.
-        self._graphs: dict[tuple, tuple[Callable[[], None], Array] | None] = {}
+        # What launches all of a step at once, and the logits that it leaves, by what the launches were recorded with.
+        # The last ones used stand last.
+        self._graphs: dict[tuple, tuple[Callable[[], None], Array]] = {}
+        self._met_once: dict[tuple, None] = {}  # of steps with prompts, in order
         self._can_capture = True
 
     @property
     def num_graphs(self) -> int:
-        return sum(graph is not None for graph in self._graphs.values())
+        return len(self._graphs)
 
     def pad(self, batch: Batch) -> Batch:
-        """A batch (of host arrays) in the next larger shape of those that are captured; any other as it is.
+        """A batch (of host arrays) in the next larger one of few shapes; any other as it is.
 
         The sequences that decode come first, and then their padding; so do the others. The logits come first of all.
         """
@@ -92,20 +92,20 @@ class StepGraphs:
         if not self._takes(batch):
             return self._decoder.forward(batch, self._arena)
         key = self._key(batch)
-        has_come = key in self._graphs
         graph = self._graphs.pop(key, None)
-        if graph is None and has_come:
+        if graph is None and key in self._met_once:
+            del self._met_once[key]
             graph = self._capture(batch)
         if graph is not None:
+            _put_last(self._graphs, key, graph)
             launch, logits = graph
             launch()
-        else:
-            logits = self._decoder.forward(batch, self._arena)  # sets up what launches need, which a capture can't
-            if not has_come and batch.num_decodes == batch.num_seqs:
-                graph = self._capture(batch)
-        self._graphs[key] = graph  # the last one from now on
-        if len(self._graphs) > MAX_GRAPHS:
-            del self._graphs[next(iter(self._graphs))]
+            return logits
+        logits = self._decoder.forward(batch, self._arena)  # sets up what launches need, which a capture can't
+        if batch.num_decodes < batch.num_seqs:
+            _put_last(self._met_once, key, None)
+        elif (graph := self._capture(batch)) is not None:
+            _put_last(self._graphs, key, graph)
         return logits
 
     def _takes(self, batch: Batch) -> bool:
@@ -132,6 +132,13 @@ class StepGraphs:
             logger.warning("steps run without further CUDA graphs, as one can't be captured: %s", reason)
             return None
         return launch, logits[0]
+
+
+def _put_last(shapes: dict, key: tuple, value) -> None:
+    """As the last of MAX_GRAPHS at most; the first one goes."""
+    shapes[key] = value
+    if len(shapes) > MAX_GRAPHS:
+        del shapes[next(iter(shapes))]
 
 
 class _Shape(NamedTuple):
@@ -178,7 +185,7 @@ def _find_padded_shape(
         num_seqs=num_decodes + num_prompts,
         num_logits=_next(batch_sizes, shape.num_logits),
         max_query_len=min(_next_power(shape.max_query_len), num_tokens),
-        max_seq_len=min(_next_length(shape.max_seq_len, 4 if num_prompts else 2), max_model_len),
+        max_seq_len=min(max(MIN_LENGTH, _next_power(shape.max_seq_len)), max_model_len),
     )
 
 
@@ -223,14 +230,6 @@ def _padded(batch: Batch, shape: _Shape, block_size: int) -> Batch:
 def _next(sizes: Sequence[int], size: int) -> int:
     """The smallest of `sizes` (in order) that isn't below `size`; 0 for 0."""
     return sizes[bisect_left(sizes, size)] if size else 0
-
-
-def _next_length(length: int, ratio: int) -> int:
-    """MIN_LENGTH, or `ratio` times as much and so on, until that isn't below `length`."""
-    size = MIN_LENGTH
-    while size < length:
-        size *= ratio
-    return size
 
 
 def _next_power(number: int) -> int:

@@ -18,7 +18,10 @@ from cupaged.kernels.paged_kv import paged_kv
 NUM_WARPS = 4
 NUM_STAGES = 2  # kStages in paged_prefill.cu
 SPLIT_KEYS = 4096  # kSplitKeys in paged_prefill.cu
-NUM_PARTS = 512  # splits of tiles of rows that a launch has room for, and so keeps a large GPU busy with
+# Splits of tiles of rows that a launch has room for, and so keeps a large GPU busy with: at least so many, and all of
+# NUM_SPLIT_TILES tiles. Small steps are padded (step_graphs.py), perhaps to twice as many tiles of twice the length.
+NUM_PARTS = 1024
+NUM_SPLIT_TILES = 8  # of each kv head
 
 # head_dim -> (16-row query tiles a warp, keys a tile): what 255 registers a thread and 99 KB of shared memory hold.
 TILES = {64: (2, 64), 80: (2, 64), 96: (2, 64), 128: (2, 64), 256: (1, 64)}
@@ -67,7 +70,9 @@ def prefill_workspace_size(dtype: np.dtype, head_dim: int, num_kv_heads: int, ma
     num_splits = ceil_div(max_model_len, SPLIT_KEYS)
     if num_splits <= 1:
         return 0
-    return max(NUM_PARTS, num_kv_heads * num_splits) * _part_bytes(prefill_kernel(dtype, head_dim), head_dim)
+    return max(NUM_PARTS, NUM_SPLIT_TILES * num_kv_heads * num_splits) * _part_bytes(
+        prefill_kernel(dtype, head_dim), head_dim
+    )
 
 
 def _part_bytes(kernel: PrefillKernel, head_dim: int) -> int:

@@ -125,8 +125,8 @@ def test_lengths_are_padded_to_powers_of_two(length, expected, block_size):
     assert padded.block_tables.shape == (4, -(-expected // block_size))
 
 
-@pytest.mark.parametrize(("length", "expected"), [(256, 256), (257, 1024), (1025, 4096), (4097, 5000)])
-def test_lengths_of_steps_with_prompts_grow_by_four(length, expected):
+@pytest.mark.parametrize(("length", "expected"), [(256, 256), (257, 512), (2049, 4096), (4097, 5000)])
+def test_lengths_of_steps_with_prompts_are_padded_too(length, expected):
     padded = make_graphs(max_model_len=5000).pad(mixed_batch(3, [9], length))
     assert padded.max_seq_len == expected
     assert padded.block_tables.shape == (5, -(-expected // 16))
@@ -242,19 +242,44 @@ def test_a_shape_with_prompts_is_captured_when_it_comes_again():
     assert (backend.num_captures, backend.num_launches) == (1, 2)
 
 
+def others_of(num_decodes: int, query_lens: list[int], count: int) -> list[Batch]:
+    """Batches whose arrays lie elsewhere, as if they were of other shapes."""
+    batch = make_graphs().pad(mixed_batch(num_decodes, query_lens))
+    return [replace(batch, token_ids=batch.token_ids.copy()) for _ in range(count)]
+
+
 def test_shapes_that_were_not_met_for_long_are_forgotten():
     backend = RecordingBackend()
-    graphs, often = make_graphs(backend), make_graphs().pad(decode_batch(6))
+    graphs, often, once = make_graphs(backend), *(make_graphs().pad(decode_batch(n)) for n in (6, 20))
+    others = others_of(6, [40], MAX_GRAPHS + 1)
+    graphs.forward(once)
     graphs.forward(often)
-    batch = make_graphs().pad(mixed_batch(6, [40]))
-    others = [replace(batch, token_ids=batch.token_ids.copy()) for _ in range(MAX_GRAPHS)]
-    for other in others:
+    for other in others:  # which take no graph's place
+        graphs.forward(other)
+    assert (backend.num_captures, graphs.num_graphs) == (2, 2)
+    graphs.forward(others[0])  # whose first time is forgotten
+    assert backend.num_captures == 2
+    for other in others[2:]:
         graphs.forward(other)
         graphs.forward(often)
-    graphs.forward(others[0])
-    assert (backend.num_captures, graphs.num_graphs) == (1, 1)  # the first one's first time is forgotten
-    graphs.forward(others[-1])
-    assert (backend.num_captures, graphs.num_graphs) == (2, 2)
+    assert (backend.num_captures, graphs.num_graphs) == (2 + MAX_GRAPHS - 1, MAX_GRAPHS)
+    graphs.forward(often)
+    assert backend.num_captures == 2 + MAX_GRAPHS - 1
+    graphs.forward(once)
+    assert backend.num_captures == 2 + MAX_GRAPHS
+
+
+def test_a_failed_capture_costs_no_graph():
+    backend = RecordingBackend()
+    graphs, captured = make_graphs(backend), make_graphs().pad(decode_batch(6))
+    graphs.forward(captured)
+    backend.error = RuntimeError("no room")
+    others = others_of(6, [40], MAX_GRAPHS)
+    for other in others * 3:
+        graphs.forward(other)
+    assert (backend.num_captures, graphs.num_graphs) == (2, 1)
+    graphs.forward(captured)
+    assert backend.num_launches == 1
 
 
 def test_a_shape_is_captured_once():

@@ -17,7 +17,7 @@ from host_device import CupyArraysDevice, NumpyDevice, is_value
 from cupaged.backends.cuda import CudaBackend
 from cupaged.engine.engine import Engine
 from cupaged.kernels.checks import BFLOAT16
-from cupaged.sampling_params import SamplingParams
+from cupaged.sampling_params import BeamSearchParams, SamplingParams
 
 MAX_NUM_SEQS = 26
 ON_NUMPY = pytest.mark.parametrize("host_build", [NumpyDevice], indirect=True)
@@ -180,6 +180,23 @@ def test_steps_with_prompts(host_build, name):
     _, recorded = both(host_build, run, name, num_blocks=128, max_num_tokens=64, long_prefill_token_threshold=24)
     with_prompts = [g for g in recorded if any("paged_prefill" in launch.name for launch in g.launches)]
     assert sum(graph.num_runs for graph in with_prompts) > 10
+
+
+@ON_NUMPY
+def test_beams_beside_prompts_and_samples(host_build):
+    """Which beam goes on from which, and its copied block, are put into batches that are padded already."""
+
+    def run(steps: Steps) -> None:
+        for i in range(3):
+            steps.add(f"beams {i}", prompt_of(12 + i, i), BeamSearchParams(2 + i, 12, ignore_eos=True))
+            steps.run(2)
+            steps.add(f"samples {i}", prompt_of(40 + i, 10 + i), drawn(9, n=2, temperature=1))
+            steps.run(2)
+        steps.run()
+        assert steps.engine.stats().num_copies > 0
+
+    _, recorded = both(host_build, run, max_num_tokens=64, long_prefill_token_threshold=24)
+    assert sum(graph.num_runs for graph in recorded) > 10
 
 
 @ON_NUMPY

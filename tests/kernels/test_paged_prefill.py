@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from attention_tools import assert_teeth, attention_reference, pack_qkv, pointed_query
+from cupaged.engine.step_graphs import StepGraphs, _Shape
 from cupaged.kernels import paged_prefill as paged_prefill_module
 from cupaged.kernels import paged_prefill_sm90 as paged_prefill_sm90_module
-from cupaged.kernels.checks import BFLOAT16, FLOAT16
-from cupaged.kernels.paged_prefill import KERNELS, paged_prefill, prefill_workspace_size
+from cupaged.kernels.checks import BFLOAT16, FLOAT16, ceil_div
+from cupaged.kernels.paged_prefill import KERNELS, _shares, paged_prefill, prefill_workspace_size
 from cupaged.kernels.paged_prefill_sm90 import KERNELS_SM90
 from kernel_tools import PagedCache, assert_close, is_poison, poisoned
 
@@ -404,6 +405,25 @@ def test_refuses_another_head_dim(runner, rng):
     cache = make_cache(runner, rng, case)
     with pytest.raises(ValueError, match=r"^head_dim: expected 64 or 80 or .*; the cache has 72"):
         run(runner, case, cache, make_query(rng, case, cache))
+
+
+@pytest.mark.parametrize("length", [5000, 17000, 40000, 66000, 110000])
+@pytest.mark.parametrize("query_lens", [[64], [100], [64, 64], [16, 16, 16]], ids=str)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(32, 8, 128), (32, 8, 64), (40, 8, 128)])
+def test_small_steps_are_shared_out_when_padded_too(query_lens, length, num_heads, num_kv_heads, head_dim):
+    """To as many thread blocks as without the padding of step_graphs.py."""
+    sizes = {"max_num_seqs": 256, "max_model_len": 131072}
+    graphs = StepGraphs(None, None, None, max_num_tokens=2048, **sizes)
+    shape = _Shape(8 + sum(query_lens), 8, 8 + len(query_lens), 8, max(query_lens), length)
+    kernel = KERNELS_SM90[head_dim](BFLOAT16, head_dim)
+    workspace = np.empty(prefill_workspace_size(BFLOAT16, head_dim, num_kv_heads, 131072), np.uint8)
+
+    def num_blocks(shape: _Shape) -> int:
+        tiles = ceil_div(shape.max_query_len * (num_heads // num_kv_heads), kernel.num_rows)
+        items = num_kv_heads * (shape.num_seqs - shape.num_decodes) * tiles
+        return min(132, items * _shares(workspace, items, 132, shape.max_seq_len, kernel)[0])
+
+    assert num_blocks(graphs._padded_shape(shape)) >= num_blocks(shape) >= 32
 
 
 def test_every_instantiation_is_tried():
