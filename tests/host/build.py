@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from cupaged.kernels.compile import SOURCE_DIR, source_digest
 from cupaged.kernels.launch import overlaps
@@ -280,9 +281,10 @@ def _build(stem: str, source: str, key: Sequence[bytes], flags: Sequence[str]) -
     compiler = _compiler()
     digest = hashlib.sha256(repr((_compiler_version(compiler), source, *flags, *key)).encode()).hexdigest()
     library = _cache_dir() / f"{stem}-{digest[:32]}.so"
-    if library.exists():
-        return library
-    with tempfile.TemporaryDirectory(dir=_cache_dir()) as folder:
+    # The lock is for processes side by side (pytest-xdist): the second takes what the first has built.
+    with FileLock(library.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=_cache_dir()) as folder:
+        if library.exists():
+            return library
         text, compiled, linked = (Path(folder) / f"{stem}-host{suffix}" for suffix in (".cpp", ".o", ".so"))
         text.write_text(source)
         # Two steps: linking with -fsanitize would bring in the sanitizers' own libraries.

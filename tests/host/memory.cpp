@@ -39,7 +39,6 @@ struct Cell {
 };
 
 // When (in arrivals of all warps) a warp has last read 16 bytes of shared memory; 0: not since something landed there.
-constexpr int kMaxWarps = 32;
 unsigned num_arrivals;                // at mbarriers and __syncthreads, of the thread block so far, and 1
 unsigned latest_arrivals[kMaxWarps];  // of each warp
 

@@ -156,6 +156,7 @@ void update(void* barrier, Mbarrier value) {
   if (value.missing == 0 && value.num_bytes == 0) {
     value.missing = value.expected;
     value.phase = value.phase + 1;
+    phase_completed = true;
   }
   memcpy(barrier, &value, sizeof value);
 }
@@ -176,6 +177,7 @@ void mbarrier_init(void* barrier, int num_arrivals) {
   access(barrier, sizeof(Mbarrier), Access::kWrite);
   const Mbarrier value{unsigned(num_arrivals), unsigned(num_arrivals), 0, 0};
   memcpy(barrier, &value, sizeof value);
+  phase_completed = true;  // what held something else before holds phase 0 now
 }
 
 void mbarrier_arrive(void* barrier) { mbarrier_arrive_expect_tx(barrier, 0); }

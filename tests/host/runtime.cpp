@@ -24,6 +24,7 @@ namespace host {
 Thread* current;
 Launch* launch;
 unsigned block_epoch;
+bool phase_completed;
 std::vector<EngineCopy> engine_copies;
 
 namespace {
@@ -44,6 +45,7 @@ constexpr size_t kPageBytes = 4096;
 void* scheduler_stack_pointer;
 Random random;
 bool uses_mbarriers;  // the thread block that runs
+bool all_wait[kMaxWarps];  // no lane of the warp is runnable, so that there is no need to look
 std::vector<std::unique_ptr<Thread>> threads;  // grows to the largest thread block; stacks are kept
 int num_threads;
 bool failed;
@@ -150,7 +152,7 @@ Thread& lane_of(int warp, int lane) { return *threads[warp * kWarpSize + lane]; 
 int lanes_in(int warp) { return std::min(kWarpSize, num_threads - warp * kWarpSize); }
 
 void run_warp(int warp) {  // until all of its lanes wait or have exited
-  for (bool progress = true; progress && !failed;) {
+  for (bool progress = !all_wait[warp]; progress && !failed;) {
     progress = false;
     for (int lane = 0; lane < lanes_in(warp) && !failed; ++lane) {
       Thread& thread = lane_of(warp, lane);
@@ -161,8 +163,12 @@ void run_warp(int warp) {  // until all of its lanes wait or have exited
       switch_to_fiber(thread);
     }
   }
+  all_wait[warp] = true;
   current = nullptr;
 }
+
+// Mostly it is one literal; AddressSanitizer's strcmp is slow, and these are compared at every collective.
+bool same_text(const char* a, const char* b) { return a == b || !strcmp(a, b); }
 
 std::string describe(const Thread& thread) {
   char text[512];
@@ -208,8 +214,8 @@ void diagnose_deadlock() {
                       thread.site.line, thread.waits_in, thread.mask, lanes_in(thread.warp));
       const Thread& other = lane_of(thread.warp, lane);
       const bool joined = other.state == State::kAtWarpCollective && other.mask == thread.mask &&
-                          other.site.line == thread.site.line && !strcmp(other.waits_in, thread.waits_in) &&
-                          !strcmp(other.site.file, thread.site.file);
+                          other.site.line == thread.site.line && same_text(other.waits_in, thread.waits_in) &&
+                          same_text(other.site.file, thread.site.file);
       if (!joined)
         return report(thread, "%s:%d: %s with mask 0x%08x, but lane %d of the warp does not take part: %s",
                       thread.site.file, thread.site.line, thread.waits_in, thread.mask, lane, describe(other).c_str());
@@ -221,7 +227,7 @@ void diagnose_deadlock() {
   for (int i = 0; i < num_threads; ++i) {
     const Thread& other = *threads[i];
     if (other.state != State::kAtBlockBarrier || other.site.line != waiting->site.line ||
-        strcmp(other.site.file, waiting->site.file))
+        !same_text(other.site.file, waiting->site.file))
       return report(*waiting, "%s:%d: %s is not reached by all threads of the block: %s", waiting->site.file,
                     waiting->site.line, waiting->waits_in, describe(other).c_str());
   }
@@ -234,7 +240,7 @@ bool complete_barrier() {
   for (int i = 0; i < num_threads; ++i) {
     const Thread& thread = *threads[i];
     if (thread.state != State::kAtBlockBarrier || thread.site.line != first.site.line ||
-        thread.reduce != first.reduce || strcmp(thread.site.file, first.site.file))
+        thread.reduce != first.reduce || !same_text(thread.site.file, first.site.file))
       return false;
     count += thread.value != 0;
   }
@@ -245,6 +251,7 @@ bool complete_barrier() {
     threads[i]->value = result;
     threads[i]->state = State::kRunnable;
   }
+  std::fill_n(all_wait, kMaxWarps, false);
   ++block_epoch;
   note_barrier();
   return true;
@@ -258,12 +265,15 @@ bool resume(State state, IsOver is_over) {
     Thread& thread = *threads[i];
     if (thread.state != state || !is_over(thread)) continue;
     thread.state = State::kRunnable;
+    all_wait[thread.warp] = false;
     any = true;
   }
   return any;
 }
 
 bool complete_mbarriers() {
+  if (!phase_completed) return false;
+  phase_completed = false;
   return resume(State::kAtMbarrier, [](const Thread& thread) {
     return mbarrier_is_past(thread.barrier, thread.parity);
   });
@@ -293,6 +303,7 @@ void run_block() {
   engine_copies.clear();
   begin_numbered_barriers();
   begin_block();
+  std::fill_n(all_wait, kMaxWarps, false);
   for (int i = 0; i < num_threads; ++i) {
     Thread& thread = *threads[i];
     thread.state = State::kRunnable;
@@ -388,12 +399,12 @@ void warp_collective(const char* name, unsigned mask, void* operand, Combine com
 
   void* operands[kWarpSize] = {};
   const int lanes = lanes_in(self.warp);
-  for (int lane = 0; lane < kWarpSize; ++lane) {
+  for (int lane = kWarpSize - 1; lane >= 0; --lane) {  // the last one to come is asked first
     if (!(mask >> lane & 1)) continue;
     if (lane >= lanes) return switch_to_scheduler();  // never complete; the scheduler says why
     const Thread& other = lane_of(self.warp, lane);
     if (other.state != State::kAtWarpCollective || other.mask != mask || other.site.line != site.line ||
-        strcmp(other.waits_in, name) || strcmp(other.site.file, site.file))
+        !same_text(other.waits_in, name) || !same_text(other.site.file, site.file))
       return switch_to_scheduler();  // a later lane completes it
     operands[lane] = other.operand;
   }

@@ -9,6 +9,7 @@
 namespace host {
 
 constexpr int kWarpSize = 32;
+constexpr int kMaxWarps = 32;  // of a thread block
 
 // Bytes that a launch may touch. cupaged's loader fills these in, one for each array.
 struct Region {
@@ -115,6 +116,7 @@ extern std::vector<EngineCopy> engine_copies;  // of the thread block, under way
 extern Thread* current;    // null outside of a launch
 extern Launch* launch;     // null outside of a launch
 extern unsigned block_epoch;  // grows with each thread block and each of its barriers
+extern bool phase_completed;  // of some mbarrier, since the scheduler last asked who waits for one
 
 // -- memory.cpp ---------------------------------------------------------------------------------------------
 
