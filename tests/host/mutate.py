@@ -127,6 +127,12 @@ MUTATIONS = (
         ("linear",),
     ),
     Mutation(
+        BARRIER, "linear_small.cu", "the squares of normed rows are added before they are all there",
+        "= squares[t];\n    }\n    __syncthreads();",
+        "= squares[t];\n    }",
+        ("linear",),
+    ),
+    Mutation(
         BARRIER, "linear_small.cu", "the warps' sums are added before they are all there",
         "= sum[r][t][e];\n  __syncthreads();",
         "= sum[r][t][e];",
@@ -651,6 +657,12 @@ MUTATIONS = (
         ("linear",),
     ),
     Mutation(
+        INDEX, "linear_small.cu", "the scale of a normed row is of one warp's columns",
+        "square += warp_squares[w * kTokens",
+        "square += warp_squares[warp * kTokens",
+        ("linear",),
+    ),
+    Mutation(
         INDEX, "linear_small.cu", "gate and up change places",
         "silu_and_mul(total(out_token, gate), total(out_token, gate + 1))",
         "silu_and_mul(total(out_token, gate + 1), total(out_token, gate))",
@@ -695,8 +707,14 @@ MUTATIONS = (
     ),
     Mutation(
         EDGE, "linear_small.cu", "one token past the last is copied",
-        "token + 8 * i < m",
-        "token + 8 * i <= m",
+        "token + 8 * i < m);",
+        "token + 8 * i <= m);",
+        ("linear",),
+    ),
+    Mutation(
+        EDGE, "linear_small.cu", "one normed token past the last is read",
+        "token + 8 * i < m)\n",
+        "token + 8 * i <= m)\n",
         ("linear",),
     ),
     Mutation(
