@@ -188,9 +188,9 @@ def test_beams_beside_prompts_and_samples(host_build):
 
     def run(steps: Steps) -> None:
         for i in range(3):
-            steps.add(f"beams {i}", prompt_of(12 + i, i), BeamSearchParams(2 + i, 12, ignore_eos=True))
+            steps.add(f"beams {i}", prompt_of(12 + i, i), BeamSearchParams(2 + i, 20, ignore_eos=True))
             steps.run(2)
-            steps.add(f"samples {i}", prompt_of(40 + i, 10 + i), drawn(9, n=2, temperature=1))
+            steps.add(f"samples {i}", prompt_of(40 + i, 10 + i), drawn(12, n=2, temperature=1))
             steps.run(2)
         steps.run()
         assert steps.engine.stats().num_copies > 0
