@@ -242,24 +242,33 @@ def test_the_cache_may_move_under_the_graphs(host_build):
 
 @ON_NUMPY
 def test_no_launch_holds_a_slabs_address(host_build):
+    """In graphs of decodes, of a prompt's chunk, and of both."""
     device = host_build[0]
-    steps = Steps(new_engine("qwen3", device))
-    steps.add("a", prompt_of(100), drawn(8))
+    steps = Steps(new_engine("qwen3", device, max_num_tokens=16))
+    for i in range(2):
+        steps.add(str(i), prompt_of(60, i), drawn(8))
     steps.run()
-    [graph] = [ref() for ref in device.graphs]
     arena, address = steps.engine.arena, steps.engine.backend.address
     ranges = [(address(slab), address(slab) + slab.nbytes) for slab in arena.slabs]
-    num_structs = 0
-    for launch in graph.launches:
-        for arg in launch.args:
-            if not is_value(arg):
-                assert not any(start <= arg.ctypes.data < end for start, end in ranges), launch.name
-            elif arg.dtype.names is not None:
-                num_structs += 1
-                numbers = [int(arg[name]) for name in arg.dtype.names]
-                assert not any(start <= number < end for number in numbers for start, end in ranges), launch.name
-                assert arg["slabs"] == arena.slab_table_address
-    assert num_structs == 2 * steps.engine.model.num_layers  # of rope_and_store_kv and paged_decode
+    kinds = set()
+    for graph in [ref() for ref in device.graphs]:
+        names = [launch.name.partition("<")[0] for launch in graph.launches]
+        attention = {name for name in names if name.startswith("paged")}
+        kinds.add(frozenset(attention))
+        num_structs = 0
+        for launch in graph.launches:
+            for arg in launch.args:
+                if not is_value(arg):
+                    assert not any(start <= arg.ctypes.data < end for start, end in ranges), launch.name
+                elif arg.dtype.names is not None and "slabs" in arg.dtype.names:
+                    num_structs += 1
+                    numbers = [int(arg[name]) for name in arg.dtype.names]
+                    assert not any(start <= number < end for number in numbers for start, end in ranges), launch.name
+                    assert arg["slabs"] == arena.slab_table_address
+        assert num_structs == (1 + len(attention)) * steps.engine.model.num_layers  # rope_and_store_kv has one
+    assert kinds == {
+        frozenset(kind) for kind in (["paged_decode"], ["paged_prefill"], ["paged_decode", "paged_prefill"])
+    }
 
 
 @ON_NUMPY
