@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
+import pytest
 
 from kernel_tools import SMALLEST_SUBNORMAL, UNIT_ROUNDOFF
+
+
+def with_kernels(cases: Iterable, portable: Mapping, sm90: Mapping) -> list:
+    """(case, kernels) for each case: the portable kernels and, for the head_dims that have one, Hopper's own.
+
+    portable, sm90: head_dim -> what makes the kernel, as the launchers take it.
+    """
+    return [
+        pytest.param(case, kernels, id=f"{tier}-{case}", marks=marks)
+        for tier, kernels, marks in (("portable", portable, ()), ("sm90", sm90, pytest.mark.sm90))
+        for case in cases
+        if tier == "portable" or sm90[case.head_dim] is not portable[case.head_dim]
+    ]
+
+
+def both_tiers(portable: Mapping, sm90: Mapping):
+    """A test's `kernels`, of each tier."""
+    return pytest.mark.parametrize(
+        "kernels", [pytest.param(portable, id="portable"), pytest.param(sm90, id="sm90", marks=pytest.mark.sm90)]
+    )
 
 
 def pointed_query(rng: np.random.Generator, keys: np.ndarray, positions: Iterable[int], group: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from host_device import H100
 
-from attention_tools import assert_teeth, attention_reference, pack_qkv, pointed_query
+from attention_tools import assert_teeth, attention_reference, both_tiers, pack_qkv, pointed_query, with_kernels
 from cupaged.backends.cuda import probe
 from cupaged.kernels import paged_decode as paged_decode_module
 from cupaged.kernels import paged_decode_sm90 as paged_decode_sm90_module
@@ -88,16 +88,8 @@ CASES = [
     Case(128, 16, 2, 16, (270,)),
 ]
 
-# The cases, with the portable kernels and, for the head_dims that have one, with Hopper's own.
-CASES_AND_KERNELS = [
-    pytest.param(case, kernels, id=f"{tier}-{case}", marks=marks)
-    for tier, kernels, marks in (("portable", KERNELS, ()), ("sm90", KERNELS_SM90, pytest.mark.sm90))
-    for case in CASES
-    if tier == "portable" or KERNELS_SM90[case.head_dim] is not KERNELS[case.head_dim]
-]
-both_tiers = pytest.mark.parametrize(
-    "kernels", [pytest.param(KERNELS, id="portable"), pytest.param(KERNELS_SM90, id="sm90", marks=pytest.mark.sm90)]
-)
+CASES_AND_KERNELS = with_kernels(CASES, KERNELS, KERNELS_SM90)
+in_both_tiers = both_tiers(KERNELS, KERNELS_SM90)
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +172,7 @@ def test_matches_the_formula(runner, rng, case, kernels):
     assert_teeth(expected[filled], bound[filled])
 
 
-@both_tiers
+@in_both_tiers
 @pytest.mark.parametrize("window", [0, 333])
 def test_a_sequence_gives_the_same_bits_in_any_batch(runner, rng, window, kernels):
     case = Case(64, 16, 2, 4, (1000, 0, 77, 1400, 256), window)
@@ -214,7 +206,7 @@ def wide_tables(runner, cache: PagedCache):
     return runner.array(np.pad(tables, ((0, 0), (0, 5000 // 8)), constant_values=0x7FFFFFFF))
 
 
-@both_tiers
+@in_both_tiers
 def test_launches_share_a_workspace(runner, rng, kernels):
     """Small batches and large ones in turn: what one leaves in the workspace suits the next."""
     case = Case(64, 16, 2, 4, (600, 300, 900))
@@ -228,7 +220,7 @@ def test_launches_share_a_workspace(runner, rng, kernels):
         assert out.tobytes() == fresh[seqs].tobytes()
 
 
-@both_tiers
+@in_both_tiers
 def test_leaves_the_other_sequences_alone(runner, rng, kernels):
     case = Case(64, 16, 1, 4, (300, 20, 50))
     cache = make_cache(runner, rng, case)
@@ -241,7 +233,7 @@ def test_leaves_the_other_sequences_alone(runner, rng, kernels):
     assert is_poison(out[2]).all()
 
 
-@both_tiers
+@in_both_tiers
 def test_scores_that_overflow_without_the_maximum(runner, rng, kernels):
     """Scores in the thousands: 2^score is far beyond float32, the softmax isn't."""
     case = Case(64, 16, 1, 4, (300,))

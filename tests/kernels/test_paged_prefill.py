@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from attention_tools import assert_teeth, attention_reference, pack_qkv, pointed_query
+from attention_tools import assert_teeth, attention_reference, both_tiers, pack_qkv, pointed_query, with_kernels
 from cupaged.engine.step_graphs import StepGraphs, _Shape
 from cupaged.kernels import paged_prefill as paged_prefill_module
 from cupaged.kernels import paged_prefill_sm90 as paged_prefill_sm90_module
@@ -80,16 +80,8 @@ CASES = [
     Case(80, 16, 1, 2, ((50, 80),), window=1000),
 ]
 
-# The cases, with the portable kernels and, for the head_dims that have one, with Hopper's own.
-CASES_AND_KERNELS = [
-    pytest.param(case, kernels, id=f"{tier}-{case}", marks=marks)
-    for tier, kernels, marks in (("portable", KERNELS, ()), ("sm90", KERNELS_SM90, pytest.mark.sm90))
-    for case in CASES
-    if tier == "portable" or KERNELS_SM90[case.head_dim] is not KERNELS[case.head_dim]
-]
-both_tiers = pytest.mark.parametrize(
-    "kernels", [pytest.param(KERNELS, id="portable"), pytest.param(KERNELS_SM90, id="sm90", marks=pytest.mark.sm90)]
-)
+CASES_AND_KERNELS = with_kernels(CASES, KERNELS, KERNELS_SM90)
+in_both_tiers = both_tiers(KERNELS, KERNELS_SM90)
 
 
 def make_cache(runner, rng, case: Case) -> PagedCache:
@@ -213,7 +205,7 @@ def test_splits_change_no_bits_with_the_chunks_or_the_batch(runner, rng, window,
     assert begin == len(query)
 
 
-@both_tiers
+@in_both_tiers
 @pytest.mark.parametrize(("window", "group"), [(0, 3), (50, 1)])
 def test_chunks_give_the_bits_of_the_whole_prompt(runner, rng, window, group, kernels):
     case = Case(64, 16, 1, group, ((150, 150),), window)
@@ -232,7 +224,7 @@ def test_chunks_give_the_bits_of_the_whole_prompt(runner, rng, window, group, ke
     assert begin == len(query)
 
 
-@both_tiers
+@in_both_tiers
 def test_a_sequence_gives_the_same_bits_in_any_batch(runner, rng, kernels):
     case = Case(64, 16, 2, 2, ((30, 90), (100, 100), (7, 300)))
     cache = make_cache(runner, rng, case)
@@ -307,7 +299,7 @@ def test_splits_give_the_same_bits_whoever_takes_them(runner, rng, window):
         assert out.tobytes() == whole[begin:end].tobytes(), (begin, end)
 
 
-@both_tiers
+@in_both_tiers
 def test_leaves_the_decodes_alone(runner, rng, kernels):
     case = Case(64, 16, 1, 4, ((1, 30), (1, 20), (50, 70), (3, 9)))
     cache = make_cache(runner, rng, case)
@@ -319,7 +311,7 @@ def test_leaves_the_decodes_alone(runner, rng, kernels):
     assert out[2:].tobytes() == run(runner, case, cache, query, kernels=kernels)[2:].tobytes()
 
 
-@both_tiers
+@in_both_tiers
 def test_tokens_of_an_empty_sequence_become_zeros(runner, rng, kernels):
     case = Case(64, 16, 1, 4, ((5, 30), (40, 0), (3, 9)))
     cache = make_cache(runner, rng, case)
@@ -338,7 +330,7 @@ def without(cache: PagedCache, seq: int) -> PagedCache:
     return cache
 
 
-@both_tiers
+@in_both_tiers
 def test_scores_that_overflow_without_the_maximum(runner, rng, kernels):
     """Scores in the thousands: 2^score is far beyond float32, the softmax isn't."""
     case = Case(64, 16, 1, 4, ((20, 150),))
