@@ -14,9 +14,9 @@
 //           2t+8, 2t+9, twice.
 // Norm:     while the first weight is on its way, the warps read all of x once, for the sums of its squares. Then x goes
 //           through registers, a chunk ahead, where it is normed and rounded as rms_norm.cu does it: to the order of the
-//           sum of squares, what is multiplied is the same. Each thread block does so anew, out of L2, and that is still
-//           less than a launch costs. A scale that is applied to the sums at the end would save the first reading, but
-//           x without it rounds otherwise, and a row's result would tell how many rows the step has.
+//           sum of squares, what is multiplied is the same. Each thread block does so anew, out of L2; with 2,048 columns
+//           the waits for x took longer than a launch. A scale that is applied to the sums at the end would save the first
+//           reading, but x without it rounds otherwise, and a row's result would tell how many rows the step has.
 // Numerics: products summed in float32 along each warp's chunks in the order of k, then the 8 sums in the order of the
 //           warps, then the bias, then what is added to; silu in float32, of such sums; one rounding, at the store. An
 //           element's value depends on its row of x, its rows of weight, its bias, what is added to and on k alone: not

@@ -297,6 +297,7 @@ def linear_few_tile(m: int, n: int, k: int, device: DeviceInfo) -> LinearFewTile
     return max(filter(have_room, fitting), key=lambda tile: tile.stages, default=largest)
 
 
+@functools.lru_cache(maxsize=4096)
 def linear_few_is_quickest(m: int, n: int, k: int, device: DeviceInfo) -> bool:
     """Whether linear_few_sm90 is quicker than linear_small and linear_sm90 (an H200). Up to 16 rows that is so with
     large weights that needn't be split in four."""
