@@ -27,14 +27,14 @@ class KeyAttention {
   float out[kHeadTiles][kHeadDim / 16][4] = {};  // weighted sums of values, on the base of their head's state
   SoftmaxState state[kHeadTiles][2];             // of heads 2t and 2t + 1; sum is this lane's share until finish()
 
-  // Take the queries of num_heads heads, [num_heads, kHeadDim].
-  __device__ __forceinline__ void load(const scalar_t* queries, int num_heads) {
+  // Take the queries of num_heads heads, [num_heads, kHeadDim], `stride` elements apart.
+  __device__ __forceinline__ void load(const scalar_t* queries, int stride, int num_heads) {
 #pragma unroll
     for (int h = 0; h < kHeadTiles; ++h)
 #pragma unroll
       for (int i = 0; i < kHeadDim / 8; ++i) {
         const int head = 8 * h + lane_ / 4;
-        const scalar_t* pair = queries + head * kHeadDim + 8 * i + lane_ % 4 * 2;
+        const scalar_t* pair = queries + head * stride + 8 * i + lane_ % 4 * 2;
         queries_[h][i] = head < num_heads ? *reinterpret_cast<const unsigned*>(pair) : 0;
       }
   }

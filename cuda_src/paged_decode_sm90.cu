@@ -10,6 +10,11 @@
 // Merging:  of the warps at the end of an item, through shared memory, kWarps heads at a time, each by a warp; of the splits
 //           by a kernel of its own. For one thread block to know that all splits of a sequence are there takes fences
 //           and atomics, and these wait for the copies that are under way: that costs a quarter of the time.
+// Newest:   of a step that only decodes, this kernel also does what rope.cu does: it rotates its items' queries on their way
+//           to the tensor cores, and the newest key and value, which go to the cache and, as that copy may come too late,
+//           to the step that a warp has of them in its ring. All that the ring fetches was then written by earlier steps
+//           (a step's first kernel lets no other one begin before these have ended), so that it is fetched before the
+//           wait for the kernel before this one.
 // Numerics: as in paged_decode.cu: the same bits whatever else is in the batch.
 // Traffic:  as there. Measured: docs/performance.md.
 #include "common.cuh"
@@ -17,6 +22,7 @@
 #include "key_attention.cuh"
 #include "paged_kv.cuh"
 #include "ptx_sm90.cuh"
+#include "rope.cuh"
 #include "softmax_state.cuh"
 #include "warp_attention.cuh"
 
@@ -224,6 +230,64 @@ class StepStream {
   int slot_ = 0, parity_ = 0, fill_slot_ = 0;
 };
 
+// What a step that only decodes does to queries and keys before it attends.
+template <typename scalar_t>
+struct Rope {
+  const float* cos_sin;    // [positions, rotary_dim]: cosines, then sines; null: all that is done already
+  const scalar_t* q_norm;  // [head_dim], or null: no norms
+  const scalar_t* k_norm;  // the same
+  int rotary_dim;
+  float eps;
+};
+
+// Norm and rotate an item's queries and, where `newest` is not null, its sequence's newest key; take the newest value as
+// it is. All threads call it.
+template <typename scalar_t, int kHeadDim, int kQueryRow, int kNumThreads>
+__device__ __forceinline__ void rotate_heads(scalar_t* queries,      // [num_queries][kQueryRow] in shared memory
+                                             scalar_t* newest,       // [key, value][kHeadDim] there, or null
+                                             const scalar_t* query,  // the first one's head; the others follow
+                                             const scalar_t* key,    // its head
+                                             const scalar_t* value,
+                                             int num_queries, int position, const Rope<scalar_t>& rope) {
+  using Share = HeadShare<scalar_t, kHeadDim>;
+  const int count = num_queries + (newest != nullptr ? 2 : 0);
+  const float* cos_sin = rope.cos_sin + (long long)position * rope.rotary_dim;
+#pragma unroll 1
+  for (int first = 0; first < count; first += kNumThreads / Share::kLanes) {
+    const int index = first + threadIdx.x / Share::kLanes;
+    const bool is_query = index < num_queries, is_value = index > num_queries;
+    Share share(rope.rotary_dim);
+    if (index < count) {
+      if (!is_value) {
+        share.load_rotation(cos_sin, rope.rotary_dim);
+        if (rope.q_norm != nullptr) share.load_weight(is_query ? rope.q_norm : rope.k_norm);
+      }
+      share.load(is_query ? query + index * kHeadDim : is_value ? value : key);
+    }
+    if (rope.q_norm != nullptr) share.norm(rope.eps, !is_value);
+    if (index >= count || !share.exists) continue;
+    if (!is_value) share.rotate();
+    scalar_t* place = is_query ? queries + index * kQueryRow : newest + is_value * kHeadDim;
+    store_float8(place + share.first, share.a);
+    store_float8(place + share.second, share.b);
+  }
+}
+
+// A warp puts the newest key or value [kHeadDim] into row `row` of a step [..][16, kHeadDim] that the copy engine has
+// brought, and into the cache: row `block_row` of the block.
+template <int kHeadDim, typename scalar_t>
+__device__ __forceinline__ void put_row(scalar_t* step, int row, scalar_t* block, int block_row, int block_size,
+                                        const scalar_t* from) {
+  const int chunk = threadIdx.x % kWarpSize;
+  if (chunk < kHeadDim / 8) {
+    const Vec<scalar_t> part = load_vec(from + chunk * 8);
+    store_vec(step + row / 16 * 16 * kHeadDim + chunk_offset<kHeadDim>(row % 16, chunk, 16), part);
+    store_vec(block + chunk_offset<kHeadDim>(block_row, chunk, block_size), part);
+  }
+  fence_proxy_async();  // before the copy engine writes to the step again
+  __syncwarp();
+}
+
 // Round columns * factor and store them.
 template <typename scalar_t, int kColumns>
 __device__ __forceinline__ void store_columns(scalar_t* out, const float (&columns)[kColumns], float factor) {
@@ -243,9 +307,10 @@ template <typename scalar_t,  // __half or __nv_bfloat16: q, cache, out
           int kKeyTiles,      // 16 keys each, of a warp's step
           int kWarps,         // warps a thread block
           int kSlots>         // keys or values of a step in a warp's ring
-__global__ void __launch_bounds__(kWarps * kWarpSize)
+__global__ void __launch_bounds__(kWarps * kWarpSize, 2)  // as many as have room for their rings
 paged_decode_sm90(scalar_t* __restrict__ out,            // [num_seqs, num_heads, kHeadDim]
-                  const scalar_t* __restrict__ qkv,      // [num_seqs, num_heads + 2 * num_kv_heads, kHeadDim]; q read
+                  // [num_seqs, num_heads + 2 * num_kv_heads, kHeadDim]; queries are read, with rope keys and values, too
+                  const scalar_t* __restrict__ qkv,
                   const int* __restrict__ block_tables,  // [num_seqs, max_blocks]
                   const int* __restrict__ seq_lens,      // [num_seqs]
                   float* partial_outs,                   // [num_seqs, num_heads, num_splits, kHeadDim] scratch
@@ -253,11 +318,16 @@ paged_decode_sm90(scalar_t* __restrict__ out,            // [num_seqs, num_heads
                   PagedKV kv, int num_heads, int max_blocks, int block_shift, int max_splits, int window,
                   float scale,  // sm_scale * log2(e)
                   int num_seqs,
-                  int num_splits) {  // that the longest sequence may have
+                  int num_splits,          // that the longest sequence may have
+                  const float* cos_sin,    // these five: a Rope
+                  const scalar_t* q_norm,
+                  const scalar_t* k_norm,
+                  int rotary_dim, float eps) {
   using Stream = StepStream<scalar_t, kHeadDim, kKeyTiles, kWarps, kSlots>;
   constexpr int kHeads = 8 * kHeadTiles;
   constexpr int kColumns = kHeadDim / kWarpSize;         // of a lane that merges a head
   constexpr int kPartsSize = kWarps * kHeadDim + 4;      // floats; the 4 extra ones spread the heads over the banks
+  constexpr int kQueryRow = kHeadDim + 8;                // elements; the 8 extra ones do that as well
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int group = num_heads / kv.num_kv_heads;
   const int row_tiles = ceil_div(group, kHeads);
@@ -266,7 +336,9 @@ paged_decode_sm90(scalar_t* __restrict__ out,            // [num_seqs, num_heads
   scalar_t* ring = reinterpret_cast<scalar_t*>(shared);                                    // [kWarps][kSlots][kSlotSize]
   float* part_outs = reinterpret_cast<float*>(ring + kWarps * kSlots * Stream::kSlotSize);  // [head][part][kHeadDim]
   auto* part_states = reinterpret_cast<SoftmaxState*>(part_outs + kWarps * kPartsSize);     // [head][part]
-  auto* full = reinterpret_cast<unsigned long long*>(part_states + kWarps * kWarps) + warp * kSlots;  // [kWarps][kSlots]
+  scalar_t* rotated = reinterpret_cast<scalar_t*>(part_states + kWarps * kWarps);  // queries [kHeads][kQueryRow]
+  scalar_t* newest = rotated + kHeads * kQueryRow;                                 // key, value [2][kHeadDim]
+  auto* full = reinterpret_cast<unsigned long long*>(newest + 2 * kHeadDim) + warp * kSlots;  // [kWarps][kSlots]
   if (lane == 0) {
     for (int i = 0; i < kSlots; ++i) mbarrier_init(full + i, 1);
     mbarrier_init_fence();
@@ -277,9 +349,12 @@ paged_decode_sm90(scalar_t* __restrict__ out,            // [num_seqs, num_heads
   Items items(seq_lens, num_seqs, kv.num_kv_heads * row_tiles, window, max_splits);
   const Source source{kv, block_tables, max_blocks, block_shift, row_tiles};
   Stream stream(ring + warp * kSlots * Stream::kSlotSize, full, source, items);
-  griddepcontrol_wait();
-  griddepcontrol_launch_dependents();
+  const Rope<scalar_t> rope{cos_sin, q_norm, k_norm, rotary_dim, eps};
+  const bool ropes = cos_sin != nullptr;
+  if (!ropes) griddepcontrol_wait();
   stream.start();
+  if (ropes) griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
 
   for (int item = blockIdx.x; items.find(item); item += gridDim.x) {
     const int begin = items.splits.begin(items.split), end = items.splits.end(items.split);
@@ -289,16 +364,41 @@ paged_decode_sm90(scalar_t* __restrict__ out,            // [num_seqs, num_heads
     const int num_item_heads = last_head - first_head;
 
     KeyAttention<scalar_t, kHeadDim, kKeyTiles, kHeadTiles> attention;
-    attention.load(qkv + ((long long)items.seq * (num_heads + 2 * kv.num_kv_heads) + first_head) * kHeadDim,
-                   num_item_heads);
+    const scalar_t* heads = qkv + (long long)items.seq * (num_heads + 2 * kv.num_kv_heads) * kHeadDim;
+    const int block_size = 1 << block_shift;
+    int newest_key = -1;  // in this item, with rope
+    scalar_t* newest_block = nullptr;
+    if (ropes) {
+      if (items.split == items.splits.count - 1) {
+        newest_key = end - 1;
+        const int block = block_tables[(long long)items.seq * max_blocks + (newest_key >> block_shift)];
+        newest_block = kv.block<scalar_t, kHeadDim>(kv.k_offset, block, kv_head, block_size);
+      }
+      const scalar_t* key = heads + (num_heads + kv_head) * kHeadDim;
+      rotate_heads<scalar_t, kHeadDim, kQueryRow, kWarps * kWarpSize>(
+          rotated, newest_key < 0 ? nullptr : newest, heads + first_head * kHeadDim, key,
+          key + kv.num_kv_heads * kHeadDim, num_item_heads, max(0, items.splits.seq_len - 1), rope);
+      __syncthreads();
+      attention.load(rotated, kQueryRow, num_item_heads);
+    } else {
+      attention.load(heads + first_head * kHeadDim, kHeadDim, num_item_heads);
+    }
     for (WarpSteps<Stream::kKeys, kWarps> steps(begin, end); steps.next < steps.end; steps.next += kWarps) {
       const int first_key = steps.next * Stream::kKeys;
       const bool whole = first_key >= begin && first_key + Stream::kKeys <= end;
-      attention.score(stream.next());
+      const bool has_newest = newest_key >= first_key && newest_key < first_key + Stream::kKeys;
+      scalar_t* keys = stream.next();
+      auto put_newest = [&](scalar_t* step, scalar_t* block, const scalar_t* from) {
+        if (has_newest)
+          put_row<kHeadDim>(step, newest_key - first_key, block, newest_key & (block_size - 1), block_size, from);
+      };
+      put_newest(keys, newest_block, newest);
+      attention.score(keys);
       stream.release_keys();
       if (!whole) attention.mask(first_key, begin, end);
       attention.softmax(scale);
       scalar_t* values = stream.next();
+      put_newest(values, newest_block + (kv.v_offset - kv.k_offset), newest + kHeadDim);
       if (!whole) {
         // Slots without a key may hold NaN, and NaN times a weight of 0 is NaN.
         for (int i = lane; i < Stream::kSlotSize / 8; i += kWarpSize) {

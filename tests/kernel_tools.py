@@ -222,6 +222,15 @@ class PagedCache:
             place = slots // layout.block_size, slice(None), slots % layout.block_size
             blocks[self.layer, 0][place] = parts[0]
             blocks[self.layer, 1][place] = parts[1]
+        self._write(blocks)
+
+    def forget(self, slots: np.ndarray) -> None:
+        """Let these slots hold NaN."""
+        blocks, block_size = self._blocks(), self.arena.layout.block_size
+        blocks[self.layer][:, slots // block_size, :, slots % block_size] = poisoned((), blocks.dtype)
+        self._write(blocks)
+
+    def _write(self, blocks: np.ndarray) -> None:
         parts = np.split(stored_rows(blocks), len(self.arena.slabs), axis=2)
         for slab, part in zip(self.arena.slabs, parts, strict=True):
             self._runner.copy_in(slab, np.ascontiguousarray(part))

@@ -208,6 +208,23 @@ class Backend(Protocol):
         reads key-value head h // (num_heads // num_kv_heads). Rows of sequences with seq_len 0 become zeros.
         """
 
+    def rope_and_attend(
+        self,
+        out: Array,
+        qkv: Array,
+        arena: KVArena,
+        layer: int,
+        batch: Batch,
+        cos_sin: Array,
+        num_heads: int,
+        sm_scale: float,
+        window: int = 0,
+        q_norm: Array | None = None,
+        k_norm: Array | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        """`rope_and_store_kv` of the step's tokens, then `paged_attention`. qkv may stay as it is."""
+
     # -- sampling ------------------------------------------------------------------------------------------
     #
     # What a request asks of its logits is done in vLLM's order: its own logits_processors, which get the raw logits;

@@ -44,11 +44,12 @@ from cupaged.kernels.logprobs import logprobs
 from cupaged.kernels.paged_decode import KERNELS as DECODE
 from cupaged.kernels.paged_decode import decode_workspace_size, paged_decode
 from cupaged.kernels.paged_decode_sm90 import KERNELS_SM90 as DECODE_SM90
+from cupaged.kernels.paged_decode_sm90 import KEY_TILES as DECODE_HEAD_DIMS_SM90
 from cupaged.kernels.paged_prefill import KERNELS as PREFILL
 from cupaged.kernels.paged_prefill import paged_prefill, prefill_workspace_size
 from cupaged.kernels.paged_prefill_sm90 import KERNELS_SM90 as PREFILL_SM90
 from cupaged.kernels.rms_norm import rms_norm
-from cupaged.kernels.rope import rope_and_store_kv
+from cupaged.kernels.rope import Rope, rope_and_store_kv
 from cupaged.kernels.row_slices import row_workspace_size
 from cupaged.kernels.sampler import sample
 from cupaged.kernels.take_tokens import take_tokens
@@ -574,19 +575,57 @@ class CudaBackend:
         sm_scale: float,
         window: int = 0,
     ) -> None:
-        sequences = (batch.block_tables, batch.seq_lens)
-        common = {"num_heads": num_heads, "num_decodes": batch.num_decodes, "sm_scale": sm_scale, "window": window}
         if batch.num_decodes:
-            paged_decode(
-                out, qkv, arena, layer, *sequences, self._decode_workspace,
-                max_seq_len=batch.max_seq_len, kernels=DECODE_SM90 if self._sm90 else DECODE, **common,
-            )  # fmt: skip
+            self._decode(out, qkv, arena, layer, batch, num_heads, sm_scale, window)
         if batch.num_decodes < batch.num_seqs:
             paged_prefill(
-                out, qkv, arena, layer, *sequences, batch.query_start_loc, self._prefill_workspace,
-                max_query_len=batch.max_query_len, max_seq_len=batch.max_seq_len,
-                kernels=PREFILL_SM90 if self._sm90 else PREFILL, **common,
+                out, qkv, arena, layer, batch.block_tables, batch.seq_lens, batch.query_start_loc,
+                self._prefill_workspace, num_heads=num_heads, num_decodes=batch.num_decodes,
+                max_query_len=batch.max_query_len, max_seq_len=batch.max_seq_len, sm_scale=sm_scale, window=window,
+                kernels=PREFILL_SM90 if self._sm90 else PREFILL,
             )  # fmt: skip
+
+    def rope_and_attend(
+        self,
+        out: Array,
+        qkv: Array,
+        arena: KVArena,
+        layer: int,
+        batch: Batch,
+        cos_sin: Array,
+        num_heads: int,
+        sm_scale: float,
+        window: int = 0,
+        q_norm: Array | None = None,
+        k_norm: Array | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        attention = (out, qkv, arena, layer, batch, num_heads, sm_scale, window)
+        if batch.num_decodes == batch.num_seqs and self._sm90 and arena.layout.head_dim in DECODE_HEAD_DIMS_SM90:
+            self._decode(*attention, Rope(cos_sin, q_norm, k_norm, eps))
+            return
+        rope_and_store_kv(
+            qkv, arena, layer, batch.positions, batch.slot_mapping, cos_sin, num_heads, q_norm, k_norm, eps
+        )
+        self.paged_attention(*attention)
+
+    def _decode(
+        self,
+        out: Array,
+        qkv: Array,
+        arena: KVArena,
+        layer: int,
+        batch: Batch,
+        num_heads: int,
+        sm_scale: float,
+        window: int,
+        rope: Rope | None = None,
+    ) -> None:
+        paged_decode(
+            out, qkv, arena, layer, batch.block_tables, batch.seq_lens, self._decode_workspace, num_heads=num_heads,
+            num_decodes=batch.num_decodes, max_seq_len=batch.max_seq_len, sm_scale=sm_scale, window=window, rope=rope,
+            kernels=DECODE_SM90 if self._sm90 else DECODE,
+        )  # fmt: skip
 
     # -- sampling ------------------------------------------------------------------------------------------
 

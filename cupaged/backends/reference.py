@@ -203,6 +203,15 @@ class ReferenceBackend:
                 hidden_to_first = position - window - begin if window else None
                 _attend(out[first:last], q[first:last] * sm_scale, keys[:, seen], values[:, seen], hidden_to_first)
 
+    def rope_and_attend(
+        self, out, qkv, arena: KVArena, layer: int, batch: Batch, cos_sin, num_heads: int, sm_scale: float,
+        window: int = 0, q_norm=None, k_norm=None, eps: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.rope_and_store_kv(
+            qkv, arena, layer, batch.positions, batch.slot_mapping, cos_sin, num_heads, q_norm, k_norm, eps
+        )
+        self.paged_attention(out, qkv, arena, layer, batch, num_heads, sm_scale, window)
+
     # -- sampling ------------------------------------------------------------------------------------------
 
     def keep_allowed(self, logits, rows, masks, vocab_size: int) -> None:

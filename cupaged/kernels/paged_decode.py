@@ -8,16 +8,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cupaged.kernels.checks import C_TYPE, HALF_TYPES, ceil_div, check, check_that
-from cupaged.kernels.compile import load_kernel
+from cupaged.kernels.checks import C_TYPE, HALF_TYPES, ceil_div, check, check_that, check_vectors
+from cupaged.kernels.compile import NULL, load_kernel
 from cupaged.kernels.device import device_info
 from cupaged.kernels.paged_attention import MAX_GRID_YZ, check_attention, kernel_window, softmax_scale
 from cupaged.kernels.paged_kv import paged_kv
+from cupaged.kernels.rope import Rope, rope_arguments
 
 TILE_ROWS = 16  # kTileRows in paged_decode.cu
 MIN_SPLIT = 256  # keys that a split has at least; kMinSplit in decode_splits.cuh
 MAX_SPLITS = 32  # of one sequence
 MERGE_WARPS = 4  # a thread block of merge_splits in paged_decode_sm90.cu, each with a head
+NO_ROPE = (NULL, NULL, NULL, np.int32(0), np.float32(0))
 TARGET_THREAD_BLOCKS = 128  # that one long sequence is spread over, about one for each multiprocessor of a large GPU
 
 # head_dim -> (warps a thread block, tiles in the ring). A tile has 16 keys for each warp; the ring takes 64 to 80 KB,
@@ -34,6 +36,7 @@ class DecodeKernel(NamedTuple):
     tile_rows: int  # query heads of one kv head that share its keys
     num_threads: int
     shared_bytes: int
+    ropes: bool = False  # whether it does what rope_and_store_kv does, if asked to
     # Where thread blocks take all work in turns: how many a multiprocessor holds, and the kernel that merges splits.
     blocks_an_sm: int = 0
     merge_name: str = ""
@@ -104,6 +107,7 @@ def paged_decode(
     max_seq_len: int,
     sm_scale: float,
     window: int = 0,
+    rope: Rope | None = None,
     kernels: Mapping[int, Callable[[np.dtype, int, int], DecodeKernel]] = KERNELS,
 ) -> None:
     """`Backend.paged_attention` for the first num_decodes sequences, token i being the only query of sequence i.
@@ -113,6 +117,11 @@ def paged_decode(
     int32; seq_lens [num_seqs] int32, of which none among the first num_decodes exceeds max_seq_len; where it is 0, the
     row of out becomes zeros. Further tokens and sequences may follow; they are left alone. kernels: which one for which
     head_dim.
+
+    rope: where given, queries and keys in qkv are neither normed nor rotated yet and the newest keys and values not in
+    the cache: that is done as by `rope_and_store_kv`, to the bit, but for qkv, which stays as it is. For kernels that
+    `ropes` only; and what else the cache holds must have been written by earlier steps, so that all tokens are those of
+    the first num_decodes sequences.
 
     workspace: uint8, at least `decode_workspace_size` bytes for these sizes, zeros before its first use; what a launch
     leaves in it suits the next. Launches that share one must follow each other on one stream.
@@ -136,6 +145,14 @@ def paged_decode(
         workspace.shape[0] >= wanted and workspace.shape[0] % 16 == 0,
         f"workspace: expected {wanted} bytes or more, in whole 16s; got {workspace.shape[0]}",
     )
+    group = num_heads // num_kv_heads
+    kernel = kernels[head_dim](qkv.dtype, head_dim, group)
+    rope_args = NO_ROPE
+    if rope is not None:
+        check_that(kernel.ropes, f"rope: {kernel.file} takes queries and keys that are rotated; got some that are not")
+        check_that(num_decodes == qkv.shape[0], f"rope: all {qkv.shape[0]} tokens must decode; got {num_decodes}")
+        rope_args = rope_arguments(rope, qkv.dtype, head_dim)
+        check_vectors("qkv", qkv, head_dim)
     if num_decodes == 0:
         return
     num_splits = _num_splits(num_kv_heads, max_seq_len)
@@ -152,8 +169,6 @@ def paged_decode(
         np.int32(window),
         np.float32(scale),
     )
-    group = num_heads // num_kv_heads
-    kernel = kernels[head_dim](qkv.dtype, head_dim, group)
     launch = load_kernel(kernel.file, kernel.name)
     grid = (num_splits, num_kv_heads * ceil_div(group, kernel.tile_rows), num_decodes)
     if not kernel.merge_name:
@@ -161,7 +176,7 @@ def paged_decode(
         counters = workspace[-4 * num_decodes * grid[1] :].view(np.int32)
         launch(grid, (kernel.num_threads,), (*arrays, counters, *sizes), shared_mem=kernel.shared_bytes)
         return
-    args = (*arrays, *sizes, np.int32(num_decodes), np.int32(num_splits))
+    args = (*arrays, *sizes, np.int32(num_decodes), np.int32(num_splits), *rope_args)
     grid = (min(math.prod(grid), _num_blocks(kernel.blocks_an_sm, device_info().num_sms)),)
     launch(grid, (kernel.num_threads,), args, shared_mem=kernel.shared_bytes)
     if num_splits > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,36 @@ from cupaged.kernels.paged_kv import paged_kv
 from cupaged.memory.arena import KVArena
 
 NUM_THREADS = 128
+
+
+class Rope(NamedTuple):
+    """What heads are rotated by, and normed with before: the arguments of `rope_and_store_kv` of these names."""
+
+    cos_sin: Any
+    q_norm: Any = None
+    k_norm: Any = None
+    eps: float = 0.0
+
+
+def rope_arguments(rope: Rope, dtype: np.dtype, head_dim: int) -> tuple:
+    """The kernels' arguments cos_sin, q_norm, k_norm, rotary_dim and eps for heads of this dtype. Raises ValueError for
+    what doesn't fit them."""
+    cos_sin, q_norm, k_norm, eps = rope
+    check("cos_sin", cos_sin, (None, None), np.float32)
+    rotary_dim = cos_sin.shape[1]
+    check_that(
+        rotary_dim % 16 == 0 and 0 < rotary_dim <= head_dim,
+        f"cos_sin: rotary_dim must be a multiple of 16 up to head_dim {head_dim}; got {rotary_dim}",
+    )
+    check_vectors("cos_sin", cos_sin, rotary_dim)
+    check_that((q_norm is None) == (k_norm is None), "q_norm, k_norm: give both or neither")
+    if q_norm is None:
+        q_norm = k_norm = NULL
+    else:
+        for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
+            check(name, weight, (head_dim,), dtype)
+            check_vectors(name, weight, head_dim)
+    return cos_sin, q_norm, k_norm, np.int32(rotary_dim), np.float32(eps)
 
 
 def rope_and_store_kv(
@@ -54,41 +85,18 @@ def rope_and_store_kv(
     num_tokens = qkv.shape[0]
     check("positions", positions, (num_tokens,), np.int32)
     check("slot_mapping", slot_mapping, (num_tokens,), np.int32)
-    check("cos_sin", cos_sin, (None, None), np.float32)
-    rotary_dim = cos_sin.shape[1]
-    check_that(
-        rotary_dim % 16 == 0 and 0 < rotary_dim <= head_dim,
-        f"cos_sin: rotary_dim must be a multiple of 16 up to head_dim {head_dim}; got {rotary_dim}",
-    )
     check_that(head_dim in HEAD_DIMS, f"arena: head_dim must be one of {HEAD_DIMS}; got {head_dim}")
     check_that(
         layout.block_size in BLOCK_SIZES, f"arena: block_size must be one of {BLOCK_SIZES}; got {layout.block_size}"
     )
     check_that(0 <= layer < layout.num_layers, f"layer: must be 0 to {layout.num_layers - 1}; got {layer}")
-    check_that((q_norm is None) == (k_norm is None), "q_norm, k_norm: give both or neither")
-    norm = q_norm is not None
-    if norm:
-        check("q_norm", q_norm, (head_dim,), qkv.dtype)
-        check("k_norm", k_norm, (head_dim,), qkv.dtype)
-        check_vectors("q_norm", q_norm, head_dim)
-        check_vectors("k_norm", k_norm, head_dim)
+    rope = rope_arguments(Rope(cos_sin, q_norm, k_norm, eps), qkv.dtype, head_dim)
     check_vectors("qkv", qkv, head_dim)
-    check_vectors("cos_sin", cos_sin, rotary_dim)
     if num_tokens == 0:
         return
+    norm = q_norm is not None
     kernel = load_kernel("rope.cu", _name(qkv.dtype, head_dim, layout.block_size, norm))
-    args = (
-        qkv,
-        positions,
-        slot_mapping,
-        cos_sin,
-        q_norm if norm else NULL,
-        k_norm if norm else NULL,
-        paged_kv(arena, layer),
-        np.int32(num_heads),
-        np.int32(rotary_dim),
-        np.float32(eps),
-    )
+    args = (qkv, positions, slot_mapping, *rope, paged_kv(arena, layer), np.int32(num_heads))
     heads_per_block = NUM_THREADS // _lanes_per_head(head_dim)
     kernel((num_tokens, ceil_div(total_heads, heads_per_block)), (NUM_THREADS,), args)
 

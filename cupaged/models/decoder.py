@@ -95,13 +95,10 @@ class Decoder:
         ops, config, n = self.backend, self.config, x.shape[0]
         qkv, attended = self._qkv[:n], self._attended[:n]
         ops.rms_norm_linear(qkv, residual, layer.input_norm, config.rms_norm_eps, x, layer.qkv, layer.qkv_bias)
-        ops.rope_and_store_kv(
-            qkv, arena, index, batch.positions, batch.slot_mapping, self.cos_sin, config.num_heads,
-            layer.q_norm, layer.k_norm, config.rms_norm_eps,
+        ops.rope_and_attend(
+            attended, qkv, arena, index, batch, self.cos_sin, config.num_heads, config.sm_scale,
+            config.sliding_window or 0, layer.q_norm, layer.k_norm, config.rms_norm_eps,
         )  # fmt: skip
-        ops.paged_attention(
-            attended, qkv, arena, index, batch, config.num_heads, config.sm_scale, config.sliding_window or 0
-        )
         ops.linear(residual, attended, layer.o, accumulate=True)
 
     def _mlp(self, residual: Array, x: Array, layer: LayerWeights) -> None:

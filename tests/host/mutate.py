@@ -505,6 +505,30 @@ MUTATIONS = (
         DECODE,
     ),
     Mutation(
+        HOPPER, "paged_decode_sm90.cu", "queries are read before they are rotated",
+        "      __syncthreads();\n      attention.load(rotated,",
+        "      attention.load(rotated,",
+        DECODE,
+    ),
+    Mutation(
+        HOPPER, "paged_decode_sm90.cu", "each split takes its last key for the newest",
+        "if (items.split == items.splits.count - 1) {",
+        "if (items.splits.count > 0) {",
+        DECODE,
+    ),
+    Mutation(
+        HOPPER, "paged_decode_sm90.cu", "the newest value stays what the ring has brought",
+        "      put_newest(values,",
+        "      if (false) put_newest(values,",
+        DECODE,
+    ),
+    Mutation(
+        HOPPER, "paged_decode_sm90.cu", "values are rotated as keys are",
+        "    if (!is_value) share.rotate();",
+        "    share.rotate();",
+        DECODE,
+    ),
+    Mutation(
         HOPPER, "paged_decode_sm90.cu", "the items of sequences after the first 32 are counted from 0",
         "    end_ = first_item + sum;",
         "    end_ = sum;",
@@ -537,12 +561,12 @@ MUTATIONS = (
     ),
     Mutation(
         WARP, "rope.cu", "idle lanes leave before the shuffle",
-        "  if constexpr (kNorm) {\n    float sum_sq",
-        "  if (!active) return;\n  if constexpr (kNorm) {\n    float sum_sq",
+        "  if constexpr (kNorm) share.norm",
+        "  if (!active) return;\n  if constexpr (kNorm) share.norm",
         ("rope",),
     ),
     Mutation(
-        WARP, "rope.cu", "the last step of the sum over a head is missing",
+        WARP, "rope.cuh", "the last step of the sum over a head is missing",
         "offset = kLanes / 2; offset > 0;",
         "offset = kLanes / 2; offset > 1;",
         ("rope",),
@@ -621,9 +645,9 @@ MUTATIONS = (
         ("rope",),
     ),
     Mutation(
-        INDEX, "rope.cu", "pairs are neighbours in the cosine table, not halves",
-        "load_float8(row + rotary_dim / 2 + i)",
-        "load_float8(row + i)",
+        INDEX, "rope.cuh", "pairs are neighbours in the cosine table, not halves",
+        "load_float8(cos_sin + rotary_dim / 2 + first)",
+        "load_float8(cos_sin + first)",
         ("rope",),
     ),
     Mutation(

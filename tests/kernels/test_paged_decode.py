@@ -17,6 +17,7 @@ from cupaged.kernels.checks import BFLOAT16, FLOAT16
 from cupaged.kernels.device import device_info, set_device_info
 from cupaged.kernels.paged_decode import KERNELS, MIN_SPLIT, decode_workspace_size, max_splits, paged_decode
 from cupaged.kernels.paged_decode_sm90 import KERNELS_SM90
+from cupaged.kernels.rope import Rope, rope_and_store_kv
 from cupaged.memory.arena import KVLayout
 from kernel_tools import HostRunner, PagedCache, assert_close, is_poison, poisoned, stored_rows
 
@@ -158,6 +159,14 @@ def test_matches_the_formula(runner, rng, case, kernels):
 
     out = run(runner, case, cache, query, make_workspace(runner, case), kernels=kernels)
 
+    expected, bound = expected_of(case, cache, query)
+    assert_close(out, expected, atol=bound)
+    filled = np.array(case.seq_lens) > 0
+    assert_teeth(expected[filled], bound[filled])
+
+
+def expected_of(case: Case, cache: PagedCache, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(expected, bound on the error), both [num_seqs, num_heads * head_dim], for what the cache was filled with."""
     results = []
     for seq, seq_len in enumerate(case.seq_lens):
         first = max(0, seq_len - case.window) if case.window else 0
@@ -166,10 +175,129 @@ def test_matches_the_formula(runner, rng, case, kernels):
                 query[seq], cache.keys[seq][first:], cache.values[seq][first:], sm_scale=case.head_dim**-0.5
             )
         )
-    expected, bound = (np.stack(parts).reshape(out.shape) for parts in zip(*results, strict=True))
+    expected, bound = (np.stack(parts).reshape(len(query), -1) for parts in zip(*results, strict=True))
+    return expected, bound
+
+
+def newest_slots(cache: PagedCache) -> np.ndarray:
+    """[num_seqs] where the last token of each sequence is, -1 where it has none."""
+    return np.array([(cache.slots(seq)[-1:].tolist() or [-1])[0] for seq in range(len(cache.seq_lens))], np.int32)
+
+
+def turned(heads: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """heads [num_seqs, num_heads, head_dim] after quarter turns cos, sin [num_seqs, head_dim / 2]: nothing rounds."""
+    first, second = np.split(heads, 2, axis=-1)
+    cos, sin = (part[:, None].astype(heads.dtype) for part in (cos, sin))
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+@pytest.mark.sm90
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if KERNELS_SM90[case.head_dim] is not KERNELS[case.head_dim]], ids=str
+)
+def test_rotates_and_stores_the_newest_keys_on_the_way(runner, rng, case):
+    """The queries and the newest keys come a few quarter turns away from what the formula is given, the newest keys and
+    values in qkv alone; afterwards the cache has them."""
+    cache = make_cache(runner, rng, case)
+    query = make_query(rng, case, cache)
+    some = [seq for seq, seq_len in enumerate(case.seq_lens) if seq_len]
+    positions = np.maximum(0, np.array(case.seq_lens) - 1)
+    turns = rng.integers(0, 4, (positions.max() + 1, case.head_dim // 2))
+    table = np.concatenate([np.array([1, 0, -1, 0])[turns], np.array([0, 1, 0, -1])[turns]], axis=1).astype(np.float32)
+    cos, sin = np.split(table[positions], 2, axis=1)
+    nothing = np.zeros((1, case.num_kv_heads, case.head_dim), case.dtype)
+    keys, values = (
+        np.stack([np.concatenate([nothing, rows])[-1] for rows in parts]) for parts in (cache.keys, cache.values)
+    )
+    slots = newest_slots(cache)
+    cache.forget(slots[some])
+    qkv = np.concatenate([turned(query, cos, -sin), turned(keys, cos, -sin), values], axis=1)
+
+    out = run(
+        runner,
+        case,
+        cache,
+        query,
+        make_workspace(runner, case),
+        qkv=runner.array(qkv.reshape(len(qkv), -1)),
+        rope=Rope(runner.array(table)),
+        kernels=KERNELS_SM90,
+    )
+
+    expected, bound = expected_of(case, cache, query)
     assert_close(out, expected, atol=bound)
-    filled = np.array(case.seq_lens) > 0
-    assert_teeth(expected[filled], bound[filled])
+    stored_keys, stored_values = cache.read(slots[some])
+    assert np.array_equal(stored_keys, keys[some])
+    assert np.array_equal(stored_values, values[some])
+    assert cache.unused_is_poison(np.concatenate([cache.slots(seq) for seq in some]))
+
+
+@pytest.mark.sm90
+@pytest.mark.parametrize(
+    ("case", "norm", "rotary_dim"),
+    [
+        (Case(64, 16, 3, 3, (300, 0, 17, 64)), True, 64),
+        (Case(64, 8, 1, 17, (9, 256), dtype=FLOAT16), False, 16),
+        (Case(128, 16, 2, 4, (1500, 3, 257), window=300), True, 96),
+        (Case(128, 32, 1, 16, (70,), dtype=FLOAT16), True, 128),
+        (Case(128, 64, 4, 1, (65, 1)), False, 128),
+    ],
+    ids=str,
+)
+def test_rotating_on_the_way_is_the_same_to_the_bit(runner, rng, case, norm, rotary_dim):
+    """...as rope_and_store_kv before."""
+    total_heads = case.num_heads + 2 * case.num_kv_heads
+    qkv = rng.standard_normal((len(case.seq_lens), total_heads * case.head_dim)).astype(case.dtype)
+    angles = rng.uniform(-7, 7, (max(case.seq_lens), rotary_dim // 2))
+    table = runner.array(np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32))
+    weights = (1 + rng.standard_normal((2, case.head_dim))).astype(case.dtype)
+    rope = Rope(table, *(runner.array(weight) if norm else None for weight in weights), eps=1e-6)
+    seed = rng.integers(1 << 30)
+
+    outs, caches = [], []
+    for on_the_way in (False, True):
+        cache = make_cache(runner, np.random.default_rng(seed), case)
+        slots = newest_slots(cache)
+        cache.forget(slots[slots >= 0])
+        given = runner.array(qkv)
+        if not on_the_way:
+            positions = np.maximum(0, np.array(case.seq_lens, np.int32) - 1)
+            where = runner.array(positions), runner.array(slots)
+            rope_and_store_kv(given, cache.arena, cache.layer, *where, rope.cos_sin, case.num_heads, *rope[1:])
+        out = run(
+            runner,
+            case,
+            cache,
+            np.empty((len(qkv), case.num_heads, case.head_dim), case.dtype),
+            make_workspace(runner, case),
+            qkv=given,
+            rope=rope if on_the_way else None,
+            kernels=KERNELS_SM90,
+        )
+        if on_the_way:
+            assert runner.host(given).tobytes() == qkv.tobytes()
+        outs.append(out)
+        caches.append(b"".join(runner.host(slab).tobytes() for slab in cache.arena.slabs))
+
+    assert outs[1].tobytes() == outs[0].tobytes()
+    assert caches[1] == caches[0]
+
+
+@pytest.mark.parametrize(
+    ("kernels", "change", "message"),
+    [
+        (KERNELS, {}, "^rope: paged_decode.cu takes queries and keys that are rotated"),
+        (KERNELS_SM90, {"num_decodes": 1}, "^rope: all 2 tokens must decode; got 1"),
+        (KERNELS_SM90, {"rope": Rope(np.zeros((300, 80), np.float32))}, "^cos_sin: rotary_dim .* up to head_dim 64"),
+    ],
+    ids=["portable", "others", "rotary_dim"],
+)
+def test_refuses_to_rotate(runner, rng, kernels, change, message):
+    cache = make_cache(runner, rng, GOOD)
+    rope = {"rope": Rope(np.zeros((300, 64), np.float32))}
+    query = make_query(rng, GOOD, cache)
+    with pytest.raises(ValueError, match=message):
+        run(runner, GOOD, cache, query, make_workspace(runner, GOOD), **rope | change, kernels=kernels)
 
 
 @in_both_tiers
