@@ -31,6 +31,7 @@
 #include "ptx.cuh"
 
 constexpr int kWarps = 8;   // they share k: another number is another order of summation
+constexpr int kNumThreads = kWarps * kWarpSize;
 constexpr int kChunk = 64;  // columns of k that a warp takes at a time
 constexpr int kPiece = 32;  // columns that four lanes hold in 16 bytes each: two steps of k of the mma
 
@@ -65,7 +66,7 @@ template <typename scalar_t,  // storage type of x, weight and bias
           int kRowTiles,      // mma tiles of 16 rows of weight in a thread block
           int kTokenTiles,    // mma tiles of 8 tokens
           int kStages>        // chunks that a warp has on their way
-__global__ void __launch_bounds__(kWarps * kWarpSize)
+__global__ void __launch_bounds__(kNumThreads)
 linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [m, n / 2]
              const x_t* __restrict__ x,            // [m, k]
              const scalar_t* __restrict__ weight,  // [n, k]
@@ -81,6 +82,7 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
   // Vectors of a lane in a piece, 8 rows or 8 tokens each: those of weight, and of x as far as it comes this way.
   constexpr int kPieceVecs = 2 * kRowTiles + (kNormed ? 0 : kTokenTiles);
   constexpr int kRingVecs = kStages * kPieces * kPieceVecs * kWarpSize;  // vectors of a warp's ring
+  constexpr int kOutputs = ceil_div(kTokens * kRows, kNumThreads);  // of a thread, unless the epilogue gates
   constexpr int kSumRow = kRows + 4;  // floats; the 4 extra ones keep the lanes' writes free of bank conflicts
   static_assert(kTokens * kSumRow * sizeof(float) <= kRingVecs * sizeof(Vec<scalar_t>),
                 "a warp's sums fit where its ring was");
@@ -152,6 +154,18 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
   if constexpr (kNormed) load_norm(0);
   griddepcontrol_wait();
   griddepcontrol_launch_dependents();
+  // Where output `index` of the thread block's kTokens * kRows goes; null if there is none.
+  auto output = [&](int index) -> out_t* {
+    const int out_token = index / kRows, out_row = first_row + index % kRows;
+    return index < kTokens * kRows && out_token < m && out_row < n ? out + (long long)out_token * n + out_row : nullptr;
+  };
+  // What is added to is on its way meanwhile: at the end everybody would wait for it.
+  float held[kOutputs] = {};
+#pragma unroll
+  for (int i = 0; i < kOutputs; ++i) {
+    const out_t* place = output(threadIdx.x + i * kNumThreads);
+    if (accumulates<out_t>(epilogue) && place != nullptr) held[i] = to_float(*place);
+  }
   [[maybe_unused]] float scales[kTokenTiles] = {};
   if constexpr (kNormed) {
     float* warp_squares = reinterpret_cast<float*>(reinterpret_cast<Vec<scalar_t>*>(shared) + kWarps * kRingVecs);
@@ -253,7 +267,7 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
     return value;
   };
   if (gates<out_t>(epilogue)) {
-    for (int i = threadIdx.x; i < kTokens * kRows / 2; i += kWarps * kWarpSize) {
+    for (int i = threadIdx.x; i < kTokens * kRows / 2; i += kNumThreads) {
       const int out_token = i / (kRows / 2);
       const int gate = i % (kRows / 2) * 2;
       if (out_token >= m || first_row + gate >= n) continue;
@@ -262,14 +276,14 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
     }
     return;
   }
-  for (int i = threadIdx.x; i < kTokens * kRows; i += kWarps * kWarpSize) {
-    const int out_token = i / kRows;
-    const int out_row = first_row + i % kRows;
-    if (out_token >= m || out_row >= n) continue;
-    float value = total(out_token, i % kRows);
-    if (bias != nullptr) value += to_float(bias[out_row]);
-    out_t* place = out + (long long)out_token * n + out_row;
-    if (accumulates<out_t>(epilogue)) value += to_float(*place);
+#pragma unroll
+  for (int i = 0; i < kOutputs; ++i) {
+    const int index = threadIdx.x + i * kNumThreads;
+    out_t* place = output(index);
+    if (place == nullptr) continue;
+    float value = total(index / kRows, index % kRows);
+    if (bias != nullptr) value += to_float(bias[first_row + index % kRows]);
+    if (accumulates<out_t>(epilogue)) value += held[i];
     *place = from_float<out_t>(value);
   }
 }

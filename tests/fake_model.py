@@ -3,6 +3,7 @@ of those in it), as the KV cache holds them. A wrong block table, a block freed 
 output, and no schedule may.
 """
 
+import functools
 import zlib
 from collections import deque
 from dataclasses import replace
@@ -129,7 +130,8 @@ class FakeBackend:
     edit_logits = staticmethod(sampling_reference.edit_logits)
     logprobs = staticmethod(sampling_reference.logprobs)
 
-    def sample(self, token_ids, logits, rows, vocab_size):
+    def sample(self, token_ids, logits, rows, vocab_size, *, greedy=False):
+        assert not (greedy and rows["temperature"].any())
         for i, (row, params) in enumerate(zip(logits[:, :vocab_size], rows, strict=True)):
             if not np.isfinite(row).any():
                 token_ids[i] = -1
@@ -285,8 +287,8 @@ class LateBackend(FakeBackend):
     def logprobs(self, *args):
         self.later(sampling_reference.logprobs, *args)
 
-    def sample(self, *args):
-        self.later(super().sample, *args)
+    def sample(self, *args, greedy=False):
+        self.later(functools.partial(super().sample, greedy=greedy), *args)
 
 
 class LateDecoder(FakeDecoder):

@@ -248,9 +248,10 @@ class Backend(Protocol):
         infinity and NaN included.
         """
 
-    def sample(self, token_ids: Array, logits: Array, rows: Array, vocab_size: int) -> None:
+    def sample(self, token_ids: Array, logits: Array, rows: Array, vocab_size: int, *, greedy: bool = False) -> None:
         """Draw one token a row. logits [m, >= vocab_size] float32 (ids from vocab_size on are never drawn), rows [m]
-        SAMPLING_ROW on the device, token_ids [m] int32 out.
+        SAMPLING_ROW on the device, token_ids [m] int32 out. greedy: all rows have temperature 0, so that nothing is
+        launched for others.
 
         temperature 0: the largest logit, the lowest id on a tie. Otherwise, in this order: logits / temperature,
         min_p, top_k, top_p over what is left; ties with the last kept token are kept. The draw is by inverse CDF in

@@ -632,8 +632,8 @@ class CudaBackend:
     keep_allowed = staticmethod(keep_allowed)
     edit_logits = staticmethod(edit_logits)
 
-    def sample(self, token_ids: Array, logits: Array, rows: Array, vocab_size: int) -> None:
-        sample(token_ids, logits, rows, vocab_size, self._rows_workspace)
+    def sample(self, token_ids: Array, logits: Array, rows: Array, vocab_size: int, *, greedy: bool = False) -> None:
+        sample(token_ids, logits, rows, vocab_size, self._rows_workspace, greedy=greedy)
 
     def logprobs(
         self, top_ids: Array, top_logprobs: Array, ranks: Array, logits: Array, token_ids: Array, vocab_size: int

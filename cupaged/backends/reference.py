@@ -220,7 +220,7 @@ class ReferenceBackend:
     def edit_logits(self, logits, edits) -> None:
         sampling_reference.edit_logits(logits, edits)
 
-    def sample(self, token_ids, logits, rows, vocab_size: int) -> None:
+    def sample(self, token_ids, logits, rows, vocab_size: int, *, greedy: bool = False) -> None:
         sampling_reference.sample(token_ids, logits, rows, vocab_size)
 
     def logprobs(self, top_ids, top_logprobs, ranks, logits, token_ids, vocab_size: int) -> None:

@@ -68,7 +68,7 @@ class Sampler:
         if sequences and all(seq.request.search is not None for seq in sequences):
             fetch = self.logprobs(logits, token_ids, max(seq.request.num_logprobs for seq in sequences))
             return lambda: ([-1] * num_rows, fetch())
-        self._upload_rows(rows, sequences)
+        greedy = self._upload_rows(rows, sequences)
 
         end = num_rows
         if sequences and sequences[-1].logit_edits is not None:
@@ -76,15 +76,15 @@ class Sampler:
             end = bisect_left(sequences, 2, key=self.sort_key)
             self._edit(logits[first_edited:end], sequences[first_edited:end])
         if end == num_rows:  # views take CuPy microseconds
-            self._backend.sample(token_ids, logits, rows, self.vocab_size)
+            self._backend.sample(token_ids, logits, rows, self.vocab_size, greedy=greedy)
         else:
-            self._backend.sample(token_ids[:end], logits[:end], rows[:end], self.vocab_size)
+            self._backend.sample(token_ids[:end], logits[:end], rows[:end], self.vocab_size, greedy=greedy)
         while end < num_rows:
             begin, end = end, min(end + self._max_copies(logits), num_rows)
             copies = self._copies[: end - begin]
             self._backend.copy(copies, logits[begin:end])
             self._edit(copies, sequences[begin:end])
-            self._backend.sample(token_ids[begin:end], copies, rows[begin:end], self.vocab_size)
+            self._backend.sample(token_ids[begin:end], copies, rows[begin:end], self.vocab_size, greedy=greedy)
 
         asked = [k for seq in sequences if (k := seq.request.num_logprobs) is not None]
         fetch_ids = self._backend.fetch(token_ids)
@@ -99,8 +99,8 @@ class Sampler:
             return 0
         return 1 if seq.request.num_logprobs is None else 2
 
-    def _upload_rows(self, rows: Array, sequences: list[Sequence]) -> None:
-        """Unless they are there from the step before: rows that are all greedy don't change."""
+    def _upload_rows(self, rows: Array, sequences: list[Sequence]) -> bool:
+        """Unless they are there from the step before: rows that are all greedy, which is returned, don't change."""
         for seq in sequences:
             if self._row_owners[seq.row] is not seq:
                 self._row_owners[seq.row] = seq
@@ -111,10 +111,11 @@ class Sampler:
         else:
             content = host_rows.tobytes()
             if content == self._uploaded_rows:
-                return
+                return True
         self._uploaded_rows = None  # should the copy fail
         self._backend.copy_in(rows, host_rows)
         self._uploaded_rows = content
+        return content is not None
 
     def forget_rows(self) -> None:
         """The sequences' parameters may not be where they were copied to."""

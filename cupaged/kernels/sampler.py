@@ -20,8 +20,9 @@ def instantiations() -> Iterator[tuple[str, str]]:
     yield from KERNELS
 
 
-def sample(token_ids, logits, rows, vocab_size: int, workspace) -> None:
-    """`Backend.sample`: token_ids [m] int32 from logits [m, >= vocab_size] float32 and rows [m] SAMPLING_ROW.
+def sample(token_ids, logits, rows, vocab_size: int, workspace, *, greedy: bool = False) -> None:
+    """`Backend.sample`: token_ids [m] int32 from logits [m, >= vocab_size] float32 and rows [m] SAMPLING_ROW, all of
+    temperature 0 if `greedy` (they are device data and aren't checked).
 
     workspace: uint8, at least `row_workspace_size` bytes, zeros before its first use; what a launch leaves in it suits
     the next. Launches that share one must follow each other on one stream.
@@ -39,5 +40,5 @@ def sample(token_ids, logits, rows, vocab_size: int, workspace) -> None:
     slices = row_slices(num_rows, vocab_size, workspace)
     sizes = (np.int32(row_size), np.int32(vocab_size), slices.slices_per_part)
     args = (token_ids, logits, rows, workspace, slices.counters_start, *sizes)
-    for kernel in KERNELS:
+    for kernel in KERNELS[:1] if greedy else KERNELS:
         load_kernel(*kernel)(slices.grid, (NUM_THREADS,), args)

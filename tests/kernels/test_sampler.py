@@ -29,7 +29,8 @@ def run(runner, logits: np.ndarray, rows: np.ndarray, vocab_size: int, workspace
     device_rows = runner.array(rows.view(np.uint8)).view(SAMPLING_ROW)  # CuPy can't upload a struct as it is
     if workspace is None:
         workspace = runner.zeros((row_workspace_size(len(rows), vocab_size),), np.uint8)
-    sample(token_ids, runner.array(logits), device_rows, vocab_size, workspace)
+    greedy = not rows["temperature"].any()
+    sample(token_ids, runner.array(logits), device_rows, vocab_size, workspace, greedy=greedy)
     return runner.host(token_ids).tolist()
 
 
@@ -56,6 +57,16 @@ def test_draws_what_the_reference_draws(runner, vocab_size):
     tokens = run(runner, logits, rows, vocab_size)
     assert tokens == reference(logits, rows, vocab_size)
     assert len(set(tokens)) > min(vocab_size, 20) / 2  # not always the same
+
+
+def test_rows_that_are_all_greedy(runner):
+    """...between rows that are not, in the same workspace."""
+    vocab_size, num_rows = 9001, len(FILTERS)
+    workspace = runner.zeros((row_workspace_size(num_rows, vocab_size),), np.uint8)
+    for seed in range(4):
+        logits = np.stack([random_logits(num_rows * seed + i, vocab_size) for i in range(num_rows)])
+        rows = filtered_rows(num_rows, seed) if seed % 2 else make_rows(num_rows, temperature=0)
+        assert run(runner, logits, rows, vocab_size, workspace) == reference(logits, rows, vocab_size)
 
 
 def test_a_large_vocabulary(runner):
