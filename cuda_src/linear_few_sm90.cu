@@ -122,6 +122,7 @@ linear_few_sm90(out_t* __restrict__ out,                       // [m, n], with k
         copy_x(step);
       }
     }
+    __syncwarp();
     if (kSplits > 1) cluster_wait();
     return;
   }

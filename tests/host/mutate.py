@@ -371,9 +371,15 @@ MUTATIONS = (
         ("linear_few_sm90",),
     ),
     Mutation(
-        HOPPER, "linear_few_sm90.cu", "results are staged while others are read, and another warp's products under way",
+        HOPPER, "linear_few_sm90.cu", "results are staged while another warp's products are under way",
         "      bar_sync(1, kThreads);  // the last results have been read, and with splits all products are done\n",
         "",
+        ("linear_few_sm90",),
+    ),
+    Mutation(
+        HOPPER, "linear_few_sm90.cu", "results are staged while the last tile's are read",
+        "      bar_sync(1, kThreads);  // the last results",
+        "      if (kSplits > 1) bar_sync(1, kThreads);  // the last results",
         ("linear_few_sm90",),
     ),
     Mutation(

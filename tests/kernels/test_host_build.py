@@ -204,7 +204,7 @@ def test_what_was_written_before_a_numbered_barrier_is_read_after_it(compiler, s
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("fault", ["kNotBeforeReads", "kNotBeforeWrites"])
 def test_a_numbered_barrier_that_is_missing_is_found(compiler, fault, seed):
-    with pytest.raises(HostKernelError, match="race: (reads|writes) byte .* with no barrier between"):
+    with pytest.raises(HostKernelError, match=r"race: (reads|writes) byte .* with no barrier between"):
         run_shift_rows(compiler, fault, seed)
 
 
