@@ -4,12 +4,17 @@
 //   out = y,   out += y   or   out[i, j] = silu(y[i, 2j]) * y[i, 2j + 1]
 //
 // Tiling:   weight is the wide operand of the tensor cores: a warpgroup multiplies 64 rows of it by kTokens tokens, so
-//           tokens are padded to 8, 16, 32, 64 or 128 and no further. A thread block computes one tile of 64 * kGroups
-//           outputs for all tokens.
+//           tokens are padded to 8, 16, 32, 64 or 128 and no further. A tile is 64 * kGroups outputs for all tokens. As
+//           many thread blocks as have room on the GPU at once share the tiles out, and compute one after the other.
 // Splits:   where there are too few tiles for all SMs, kSplits thread blocks, a cluster, share a tile's k at places
 //           that depend on k and kSplits alone. Each sends its sums from registers into the shared memory of the one
-//           that stores these rows, its owner, which adds them up. Merging through L2 took 3 us more.
-// Streams:  a warp of its own asks the copy engine for weight and x, 64 columns a step, through a ring of kStages.
+//           that stores these rows, its owner, which adds them up. Merging through L2 took 3 us more. A cluster computes
+//           one tile: where k is split, all have room at once.
+// Streams:  a warp of its own asks the copy engine for weight and x, 64 columns a step, through a ring of kStages. It
+//           goes on with the next tile while the warps that multiply stage and store the last one's results, which have
+//           a place beside the ring, for some tokens at a time. With splits they are staged where the ring was.
+// Barriers: full[s] completes when weight and x of stage s have come; empty[s] when all multiplying warps are done with
+//           them; arrived when a tile's sums are there, of all splits. Barrier 1 is for the multiplying warps.
 // Overlap:  the first steps' weight is asked for before the wait for the kernel before this one, so that DRAM is busy
 //           while that one ends. Both have room on an SM: a thread block takes 113 KB at most.
 // Numerics: every element is one chain of wgmma's sums a split, in float32 and in the order of k, then the sum of the
@@ -22,9 +27,11 @@
 #include "linear_epilogue.cuh"
 #include "ptx_sm90.cuh"
 
-constexpr int kTileK = 64;  // columns of k in a step: 128 bytes a row
+constexpr int kTileK = 64;        // columns of k in a step: 128 bytes a row
+constexpr int kMaxStaged = 2048;  // results that are staged at once beside the ring
 
-// Grid: kSplits thread blocks, a cluster, for each tile: kSplits * ceil(n / (64 * kGroups)), of 4 * kGroups + 1 warps.
+// Grid: thread blocks of 4 * kGroups + 1 warps: any number; with splits a cluster of kSplits for each tile of
+//       64 * kGroups rows of weight.
 // PRECOND: m <= kTokens, k % 8 == 0, and x, weight and out start at multiples of 16 bytes.
 template <typename scalar_t,  // storage type of x, weight and bias
           typename out_t,     // of out: scalar_t or float
@@ -41,30 +48,32 @@ linear_few_sm90(out_t* __restrict__ out,                       // [m, n], with k
                 int epilogue) {  // an Epilogue
   constexpr int kRows = 64 * kGroups;
   constexpr int kWarps = 4 * kGroups;  // that multiply: 16 rows of results each
-  constexpr int kThreads = (kWarps + 1) * kWarpSize;
+  constexpr int kThreads = kWarps * kWarpSize;
   constexpr int kWeightElements = kRows * kTileK;
   constexpr int kStageElements = kWeightElements + kTokens * kTileK;
   constexpr int kVecs = kTokens / 8;            // a thread's sums in vectors of 4: of its warp's 16 rows by 8 tokens
   constexpr int kOwnRows = kRows / kSplits;     // that this thread block stores
   constexpr int kUnits = kWarps / kSplits;      // of 16 rows, that these are
+  constexpr int kStagedTokens = kSplits > 1 || kTokens * kRows <= kMaxStaged ? kTokens : kMaxStaged / kRows;  // at once
   constexpr int kSharers = kSplits < kVecs ? kSplits : kVecs;  // warps that share a unit's tokens when it is added up
-  constexpr int kOwnVecs = kVecs / kSharers;
+  constexpr int kOwnVecs = kStagedTokens / 8 / kSharers;
   constexpr int kStagedRow = kOwnRows + 4;  // floats; the 4 extra ones keep the lanes' writes free of bank conflicts
   static_assert(kWarps % kSplits == 0 && kVecs % kSharers == 0, "warps share rows and tokens evenly");
-  static_assert(kTokens * kStagedRow * sizeof(float) <= kStages * kStageElements * sizeof(scalar_t),
+  static_assert(kSplits == 1 || kTokens * kStagedRow * sizeof(float) <= kStages * kStageElements * sizeof(scalar_t),
                 "the results fit where the ring was");
 
   DYNAMIC_SHARED(shared);
   scalar_t* ring = reinterpret_cast<scalar_t*>(shared + (1024 - shared_address(shared) % 1024) % 1024);
-  float* staged = reinterpret_cast<float*>(ring);                            // [kTokens][kStagedRow]
-  float* parts = reinterpret_cast<float*>(ring + kStages * kStageElements);  // [kSplits][kUnits][kVecs][32 lanes][4]
-  auto* full = reinterpret_cast<unsigned long long*>(parts + (kSplits > 1 ? kRows * kTokens : 0));  // [kStages]
-  auto* empty = full + kStages;                                                                     // [kStages]
-  auto* arrived = empty + kStages;  // when all parts are there
+  float* after = reinterpret_cast<float*>(ring + kStages * kStageElements);
+  float* parts = after;                                                  // [kSplits][kUnits][kVecs][32 lanes][4]
+  float* staged = kSplits > 1 ? reinterpret_cast<float*>(ring) : after;  // [kStagedTokens][kStagedRow]
+  auto* full = reinterpret_cast<unsigned long long*>(
+      after + (kSplits > 1 ? kRows * kTokens : kStagedTokens * kStagedRow));  // [kStages]
+  auto* empty = full + kStages;                                               // [kStages]
+  auto* arrived = empty + kStages;
 
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
-  const int tile = blockIdx.x / kSplits;
   const int owner = blockIdx.x % kSplits;                      // of the tile's shares of rows, the one stored here
   const int num_splits = kSplits > 1 ? cluster_size() : 1;     // where there are no clusters each multiplies all of k
   const int split = kSplits > 1 ? cluster_rank() : 0;
@@ -72,13 +81,21 @@ linear_few_sm90(out_t* __restrict__ out,                       // [m, n], with k
   const int first_step = all_steps * split / num_splits;
   const int num_steps = all_steps * (split + 1) / num_splits - first_step;
 
-  auto copy_weight = [&](int step, int stage) {
+  const int num_tiles = ceil_div(n, kRows);
+  const int first_tile = blockIdx.x / kSplits, tile_stride = gridDim.x / kSplits;
+  const int all_tiles_steps = ceil_div(num_tiles - first_tile, tile_stride) * num_steps;  // of this thread block
+
+  auto copy_weight = [&](int step) {  // the first of a stage's two copies
+    const int stage = step % kStages;
+    const int tile = first_tile + step / num_steps * tile_stride;
     mbarrier_arrive_expect_tx(full + stage, kStageElements * sizeof(scalar_t));
-    tensor_copy_once(ring + stage * kStageElements, weight_map, (first_step + step) * kTileK, tile * kRows,
+    tensor_copy_once(ring + stage * kStageElements, weight_map, (first_step + step % num_steps) * kTileK, tile * kRows,
                      full + stage);
   };
-  auto copy_x = [&](int step, int stage) {
-    tensor_copy(ring + stage * kStageElements + kWeightElements, x_map, (first_step + step) * kTileK, 0, full + stage);
+  auto copy_x = [&](int step) {
+    const int stage = step % kStages;
+    tensor_copy(ring + stage * kStageElements + kWeightElements, x_map, (first_step + step % num_steps) * kTileK, 0,
+                full + stage);
   };
   if (warp == kWarps && lane == 0) {
     tensor_prefetch(x_map);
@@ -88,7 +105,7 @@ linear_few_sm90(out_t* __restrict__ out,                       // [m, n], with k
     }
     if (kSplits > 1) mbarrier_init(arrived, 1);
     mbarrier_init_fence();
-    for (int step = 0; step < min(num_steps, kStages); ++step) copy_weight(step, step);
+    for (int step = 0; step < min(all_tiles_steps, kStages); ++step) copy_weight(step);
     if (kSplits > 1) mbarrier_arrive_expect_tx(arrived, num_splits * kUnits * ceil_div(m, 8) * kWarpSize * 16);
   }
   __syncthreads();
@@ -96,20 +113,25 @@ linear_few_sm90(out_t* __restrict__ out,                       // [m, n], with k
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
 
-  float sum[4 * kVecs] = {};
   if (warp == kWarps) {
     if (lane == 0) {
-      for (int step = 0; step < min(num_steps, kStages); ++step) copy_x(step, step);
-      for (int step = kStages; step < num_steps; ++step) {
-        const int stage = step % kStages;
-        mbarrier_wait(empty + stage, (step / kStages - 1) % 2);
-        copy_weight(step, stage);
-        copy_x(step, stage);
+      for (int step = 0; step < min(all_tiles_steps, kStages); ++step) copy_x(step);
+      for (int step = kStages; step < all_tiles_steps; ++step) {
+        mbarrier_wait(empty + step % kStages, (step / kStages - 1) % 2);
+        copy_weight(step);
+        copy_x(step);
       }
     }
     __syncwarp();
-  } else {
-    for (int step = 0; step < num_steps; ++step) {
+    if (kSplits > 1) cluster_wait();
+    return;
+  }
+
+  const bool gated = gates<out_t>(epilogue);
+  int step = 0;  // of those of all tiles
+  for (int tile = first_tile; tile < num_tiles; tile += tile_stride) {
+    float sum[4 * kVecs] = {};
+    for (int i = 0; i < num_steps; ++i, ++step) {
       const int stage = step % kStages;
       mbarrier_wait(full + stage, step / kStages % 2);
       const scalar_t* weights = ring + stage * kStageElements;
@@ -123,60 +145,64 @@ linear_few_sm90(out_t* __restrict__ out,                       // [m, n], with k
       if (lane == 0) mbarrier_arrive(empty + stage);
     }
     wgmma_hold(sum);
-  }
 
-  auto part_place = [&](int from, int unit, int vec) {
-    return parts + (((from * kUnits + unit) * kVecs + vec) * kWarpSize + lane) * 4;
-  };
-  if constexpr (kSplits > 1) {
-    cluster_wait();  // the others' barriers are ready
-    if (warp < kWarps && (num_splits > 1 || warp / kUnits == owner))
+    auto part_place = [&](int from, int unit, int vec) {
+      return parts + (((from * kUnits + unit) * kVecs + vec) * kWarpSize + lane) * 4;
+    };
+    if constexpr (kSplits > 1) {
+      cluster_wait();  // the others' barriers are ready
+      if (num_splits > 1 || warp / kUnits == owner)
 #pragma unroll
-      for (int i = 0; i < kVecs; ++i)
-        if (8 * i < m)
-          store_async(part_place(split, warp % kUnits, i), {sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]},
-                      arrived, warp / kUnits);
-  }
-  __syncthreads();  // all products are done: results may be staged where the ring was
+        for (int i = 0; i < kVecs; ++i)
+          if (8 * i < m)
+            store_async(part_place(split, warp % kUnits, i),
+                        {sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]}, arrived, warp / kUnits);
+    }
 
-  const bool gated = gates<out_t>(epilogue);
-  const int unit = warp / kSplits, sharer = warp % kSplits;  // of the rows and the tokens that this warp adds up
-  if (warp < kWarps && sharer < kSharers) {
-    if (kSplits > 1) mbarrier_wait(arrived, 0);
+    const int first_output = tile * kRows + owner * kOwnRows;
+    const int unit = warp / kSplits, sharer = warp % kSplits;  // of the rows and the tokens that this warp adds up
 #pragma unroll
-    for (int i = 0; i < kOwnVecs; ++i) {
-      const int vec = sharer * kOwnVecs + i;
-      if (8 * vec >= m) break;
-      Vec<float> total = {sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]};
-      if constexpr (kSplits > 1) {
-        total = load_vec(part_place(0, unit, vec));
+    for (int first_token = 0; first_token < kTokens; first_token += kStagedTokens) {
+      if (first_token >= m) break;
+      bar_sync(1, kThreads);  // the last results have been read, and with splits all products are done
+      if (sharer < kSharers) {
+        if (kSplits > 1) mbarrier_wait(arrived, 0);
 #pragma unroll
-        for (int from = 1; from < kSplits; ++from) {
-          if (from >= num_splits) break;
-          const Vec<float> part = load_vec(part_place(from, unit, vec));
+        for (int i = 0; i < kOwnVecs; ++i) {
+          const int staged_vec = sharer * kOwnVecs + i, vec = first_token / 8 + staged_vec;
+          if (8 * vec >= m) break;
+          Vec<float> total;
+          if constexpr (kSplits > 1) {
+            total = load_vec(part_place(0, unit, vec));
 #pragma unroll
-          for (int e = 0; e < 4; ++e) total.data[e] += part.data[e];
+            for (int from = 1; from < kSplits; ++from) {
+              if (from >= num_splits) break;
+              const Vec<float> part = load_vec(part_place(from, unit, vec));
+#pragma unroll
+              for (int e = 0; e < 4; ++e) total.data[e] += part.data[e];
+            }
+          } else {
+            total = {sum[4 * vec], sum[4 * vec + 1], sum[4 * vec + 2], sum[4 * vec + 3]};
+          }
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int row = unit * 16 + e / 2 * 8 + lane / 4;
+            float* place = staged + (8 * staged_vec + lane % 4 * 2 + e % 2) * kStagedRow;
+            const float next_row = gated ? __shfl_xor_sync(kFullMask, total.data[e], 4) : 0.f;
+            if (!gated)
+              place[row] = total.data[e];
+            else if (row % 2 == 0)
+              place[row / 2] = silu_and_mul(total.data[e], next_row);
+          }
         }
       }
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int row = unit * 16 + e / 2 * 8 + lane / 4;
-        float* place = staged + (8 * vec + lane % 4 * 2 + e % 2) * kStagedRow;
-        const float next_row = gated ? __shfl_xor_sync(kFullMask, total.data[e], 4) : 0.f;
-        if (!gated)
-          place[row] = total.data[e];
-        else if (row % 2 == 0)
-          place[row / 2] = silu_and_mul(total.data[e], next_row);
-      }
+      bar_sync(1, kThreads);
+      if (gated)
+        store_tile<kStagedTokens, kOwnRows / 2, kStagedRow, kThreads>(out, staged, bias, threadIdx.x, first_token, m,
+                                                                      first_output / 2, n / 2, false);
+      else
+        store_tile<kStagedTokens, kOwnRows, kStagedRow, kThreads>(out, staged, bias, threadIdx.x, first_token, m,
+                                                                  first_output, n, accumulates<out_t>(epilogue));
     }
   }
-  __syncthreads();
-
-  const int first_output = tile * kRows + owner * kOwnRows;
-  if (gated)
-    store_tile<kTokens, kOwnRows / 2, kStagedRow, kThreads>(out, staged, bias, threadIdx.x, 0, m, first_output / 2,
-                                                            n / 2, false);
-  else
-    store_tile<kTokens, kOwnRows, kStagedRow, kThreads>(out, staged, bias, threadIdx.x, 0, m, first_output, n,
-                                                        accumulates<out_t>(epilogue));
 }

@@ -14,24 +14,37 @@ from cupaged.kernels.tensor_map import tensor_map
 from cupaged.kernels.tuning import LINEAR_FEW_TILES, LinearFewTile, linear_few_max_rows, linear_few_tile
 
 
-def linear_few_sm90(out, x, weight, bias=None, *, accumulate: bool = False, tile: LinearFewTile | None = None) -> None:
+def linear_few_sm90(
+    out,
+    x,
+    weight,
+    bias=None,
+    *,
+    accumulate: bool = False,
+    tile: LinearFewTile | None = None,
+    num_blocks: int | None = None,
+) -> None:
     """out = x @ weight^T + bias, or out += that, as in `linear`, for x of at most 64 rows, or 128 where weight is small
     (tuning.linear_few_max_rows), on a GPU of architecture sm_90a.
 
-    tile: by default what tuning.linear_few_tile chooses. A row of out depends on its row of x and on tile.splits alone,
-    bit for bit, whatever m, n and the rest of the tile; by default they are a function of the weight's shape and the
-    GPU. The other kernels sum in other orders, so their rows are the same to rounding only.
+    tile: by default what tuning.linear_few_tile chooses. num_blocks: how many thread blocks share the tiles where k is
+    not split, at most; by default as many as have room on the GPU at once. A row of out depends on its row of x and on
+    tile.splits alone, bit for bit, whatever m, n, num_blocks and the rest of the tile; by default splits are a function
+    of the weight's shape and the GPU. The other kernels sum in other orders, so their rows are the same to rounding
+    only.
     """
-    _launch(out, x, weight, bias, Epilogue.ACCUMULATE if accumulate else Epilogue.STORE, tile)
+    _launch(out, x, weight, bias, Epilogue.ACCUMULATE if accumulate else Epilogue.STORE, tile, num_blocks)
 
 
-def linear_few_sm90_silu_and_mul(out, x, weight, *, tile: LinearFewTile | None = None) -> None:
+def linear_few_sm90_silu_and_mul(
+    out, x, weight, *, tile: LinearFewTile | None = None, num_blocks: int | None = None
+) -> None:
     """out = silu(x @ gate^T) * (x @ up^T) as in `linear_silu_and_mul`, for x of as few rows as in `linear_few_sm90`,
     on a GPU of architecture sm_90a."""
-    _launch(out, x, weight, None, Epilogue.SILU_AND_MUL, tile)
+    _launch(out, x, weight, None, Epilogue.SILU_AND_MUL, tile, num_blocks)
 
 
-def _launch(out, x, weight, bias, epilogue: Epilogue, tile: LinearFewTile | None) -> None:
+def _launch(out, x, weight, bias, epilogue: Epilogue, tile: LinearFewTile | None, num_blocks: int | None) -> None:
     m, n, k = check_linear(out, x, weight, bias, epilogue)
     if m == 0 or n == 0:
         return
@@ -45,7 +58,10 @@ def _launch(out, x, weight, bias, epilogue: Epilogue, tile: LinearFewTile | None
     maps = (tensor_map(x, tile.tokens), tensor_map(weight, tile.rows))
     args = (out, *maps, NULL if bias is None else bias, np.int32(m), np.int32(n), np.int32(k), np.int32(epilogue))
     kernel = load_kernel("linear_few_sm90.cu", _name(x.dtype, out.dtype, tile))
-    kernel((tile.splits * ceil_div(n, tile.rows),), (tile.num_threads,), args, tile.shared_bytes)
+    num_tiles = ceil_div(n, tile.rows)
+    at_once = num_blocks or tile.blocks_at_once(device_info())
+    grid = num_tiles * tile.splits if tile.splits > 1 else min(num_tiles, at_once)
+    kernel((grid,), (tile.num_threads,), args, tile.shared_bytes)
 
 
 def instantiations() -> Iterator[tuple[str, str]]:

@@ -220,6 +220,7 @@ def linear_sm90_plan(m: int, n: int, k: int, device: DeviceInfo) -> LinearSm90Pl
 
 LINEAR_FEW_ROWS = 64  # of weight that a warpgroup of linear_few_sm90.cu multiplies
 LINEAR_FEW_SPLITS = (1, 2, 4)  # of k, that there are kernels for
+LINEAR_FEW_STAGED = 2048  # kMaxStaged in linear_few_sm90.cu
 MIN_SPLIT_STEPS = 6  # of 64 columns, that a split has at least: with fewer, merging takes longer than it saves
 MIN_LARGE_WEIGHT = 1 << 24  # elements: linear_small is quicker with less
 
@@ -245,10 +246,16 @@ class LinearFewTile:
 
     @property
     def shared_bytes(self) -> int:
-        """The ring at a multiple of 1,024 bytes (it begins at one of 128), what other splits send, the barriers."""
+        """The ring at a multiple of 1,024 bytes (it begins at one of 128), what other splits send or, without any, the
+        results that are staged at once, the barriers."""
         ring = self.stages * (self.rows + self.tokens) * LINEAR_TILE_K * 2
-        parts = self.rows * self.tokens * 4 if self.splits > 1 else 0
-        return 896 + ring + parts + (2 * self.stages + 1) * 8
+        staged_tokens = min(self.tokens, LINEAR_FEW_STAGED // self.rows)
+        after = self.rows * self.tokens if self.splits > 1 else staged_tokens * (self.rows + 4)  # floats
+        return 896 + ring + 4 * after + (2 * self.stages + 1) * 8
+
+    def blocks_at_once(self, device: DeviceInfo) -> int:
+        """Thread blocks that have room on the GPU at the same time."""
+        return (device.max_shared_bytes + 1024) // (self.shared_bytes + 1024) * device.num_sms
 
 
 # At most 113 KB each: a thread block of the next kernel has room beside one and fetches its first weights.
@@ -290,8 +297,7 @@ def linear_few_tile(m: int, n: int, k: int, device: DeviceInfo) -> LinearFewTile
     fitting = [tile for tile in usable if tile.tokens == tokens]
 
     def have_room(tile: LinearFewTile) -> bool:
-        blocks_an_sm = (device.max_shared_bytes + 1024) // (tile.shared_bytes + 1024)
-        return splits * ceil_div(n, tile.rows) <= blocks_an_sm * device.num_sms
+        return splits * ceil_div(n, tile.rows) <= tile.blocks_at_once(device)
 
     largest = max(fitting, key=lambda tile: (tile.groups, tile.stages))
     return max(filter(have_room, fitting), key=lambda tile: tile.stages, default=largest)

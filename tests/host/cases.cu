@@ -199,6 +199,22 @@ __global__ void warp_turns(int* out, int* count, int num_turns) {
   if (warp == 0 && kFault != TurnFault::kNoEnd) bar_sync(1, 64);
 }
 
+enum class MeetingFault { kNone, kNotBeforeReads, kNotBeforeWrites };
+
+// The first two of three warps shift num_rows rows of 64 numbers by one, through shared memory.
+template <MeetingFault kFault>
+__global__ void shift_rows(int* out, const int* x, int num_rows) {
+  __shared__ int row[64];
+  const int i = threadIdx.x;
+  if (i >= 64) return;
+  for (int first = 0; first < 64 * num_rows; first += 64) {
+    row[i] = x[first + i];
+    if (kFault != MeetingFault::kNotBeforeReads) bar_sync(1, 64);
+    out[first + i] = row[(i + 1) % 64];
+    if (kFault != MeetingFault::kNotBeforeWrites) bar_sync(1, 64);
+  }
+}
+
 // out[i] = x[i] / divisor, out[n + i] = x[i] % divisor
 __global__ void divide(int* out, const int* x, Divisor divisor, int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;

@@ -31,6 +31,8 @@ constexpr short kNobody = -1, kSeveral = -2;
 struct Cell {
   unsigned write_epoch, write_warp_epoch;
   unsigned read_epoch, read_warp_epoch;
+  unsigned write_meeting, read_meeting;  // how many there had been
+  unsigned readers;                      // warps, a bit each
   short writer;                 // thread number
   short read_warp, read_lane;   // kSeveral: more than one since that epoch
   bool write_atomic, copying;   // copying: the destination of a cp.async that hasn't landed
@@ -41,6 +43,9 @@ struct Cell {
 // When (in arrivals of all warps) a warp has last read 16 bytes of shared memory; 0: not since something landed there.
 unsigned num_arrivals;                // at mbarriers and __syncthreads, of the thread block so far, and 1
 unsigned latest_arrivals[kMaxWarps];  // of each warp
+
+unsigned num_meetings;                            // of warps at numbered barriers, so far
+unsigned latest_meetings[kMaxWarps][kMaxWarps];  // of two warps: which it was
 
 struct SharedMemory {
   unsigned char* begin = nullptr;
@@ -62,16 +67,26 @@ size_t latest_region;  // the one that held the latest access
 
 bool ordered(const Cell& cell, const Thread& self) {  // the latest write, before what self does now
   return cell.write_epoch != block_epoch || cell.writer == self.number ||
-         (cell.writer / kWarpSize == self.warp && cell.write_warp_epoch < self.warp_epoch);
+         (cell.writer / kWarpSize == self.warp && cell.write_warp_epoch < self.warp_epoch) ||
+         cell.write_meeting < latest_meetings[self.warp][cell.writer / kWarpSize];
+}
+
+bool readers_were_met(const Cell& cell, const Thread& self) {  // by the warp of self, since the latest read
+  for (int warp = 0; warp < kMaxWarps; ++warp)
+    if (cell.readers >> warp & 1 && cell.read_meeting >= latest_meetings[self.warp][warp]) return false;
+  return true;
 }
 
 bool read_before(const Cell& cell, const Thread& self) {  // all reads, before what self does now
   return cell.read_epoch != block_epoch || cell.read_warp == kNobody ||
-         (cell.read_warp == self.warp && (cell.read_lane == self.lane || cell.read_warp_epoch < self.warp_epoch));
+         (cell.read_warp == self.warp && (cell.read_lane == self.lane || cell.read_warp_epoch < self.warp_epoch)) ||
+         readers_were_met(cell, self);
 }
 
 void note_read(Cell& cell, const Thread& self) {
   const bool first = cell.read_epoch != block_epoch || cell.read_warp == kNobody;
+  cell.readers = (first ? 0u : cell.readers) | 1u << self.warp;
+  cell.read_meeting = num_meetings;
   if (!first && cell.read_warp != self.warp) {
     cell.read_warp = kSeveral;
   } else if (!first && cell.read_lane != self.lane && cell.read_warp_epoch >= self.warp_epoch) {
@@ -87,6 +102,7 @@ void note_read(Cell& cell, const Thread& self) {
 void note_write(Cell& cell, const Thread& self, bool atomic) {
   cell.write_epoch = block_epoch;
   cell.write_warp_epoch = self.warp_epoch;
+  cell.write_meeting = num_meetings;
   cell.writer = short(self.number);
   cell.write_atomic = atomic;
   cell.read_warp = kNobody;
@@ -301,6 +317,13 @@ void note_arrival(int warp) { latest_arrivals[warp] = ++num_arrivals; }
 void note_barrier() {
   ++num_arrivals;
   std::fill_n(latest_arrivals, kMaxWarps, num_arrivals);
+}
+
+void note_meeting(unsigned warps) {
+  ++num_meetings;
+  for (int a = 0; a < kMaxWarps; ++a)
+    for (int b = 0; b < kMaxWarps; ++b)
+      if (warps >> a & warps >> b & 1) latest_meetings[a][b] = num_meetings;
 }
 
 void fence_copy(void* dst) {

@@ -353,7 +353,7 @@ MUTATIONS = (
     ),
     Mutation(
         HOPPER, "linear_few_sm90.cu", "a stage is filled again before its products are done",
-        "        mbarrier_wait(empty + stage, (step / kStages - 1) % 2);\n",
+        "        mbarrier_wait(empty + step % kStages, (step / kStages - 1) % 2);\n",
         "",
         ("linear_few_sm90",),
     ),
@@ -372,8 +372,39 @@ MUTATIONS = (
     ),
     Mutation(
         HOPPER, "linear_few_sm90.cu", "results are staged while another warp's products are under way",
-        "  __syncthreads();  // all products are done: results may be staged where the ring was\n",
+        "      bar_sync(1, kThreads);  // the last results have been read, and with splits all products are done\n",
         "",
+        ("linear_few_sm90",),
+    ),
+    Mutation(
+        HOPPER, "linear_few_sm90.cu", "results are staged while the last tile's are read",
+        "      bar_sync(1, kThreads);  // the last results",
+        "      if (kSplits > 1) bar_sync(1, kThreads);  // the last results",
+        ("linear_few_sm90",),
+    ),
+    Mutation(
+        HOPPER, "linear_few_sm90.cu", "results are stored before all warps have staged them",
+        "      bar_sync(1, kThreads);\n",
+        "",
+        ("linear_few_sm90",),
+    ),
+    Mutation(
+        INDEX, "linear_few_sm90.cu", "a thread block fetches its first tile's weight again for the next",
+        "const int tile = first_tile + step / num_steps * tile_stride;",
+        "const int tile = first_tile;",
+        ("linear_few_sm90",),
+    ),
+    Mutation(
+        STATE, "linear_few_sm90.cu", "the steps of the next tile are counted from 0",
+        "  int step = 0;  // of those of all tiles\n"
+        "  for (int tile = first_tile; tile < num_tiles; tile += tile_stride) {\n",
+        "  for (int tile = first_tile; tile < num_tiles; tile += tile_stride) {\n    int step = 0;\n",
+        ("linear_few_sm90",),
+    ),
+    Mutation(
+        INDEX, "linear_few_sm90.cu", "the first tokens are staged in every round",
+        "vec = first_token / 8 + staged_vec;",
+        "vec = staged_vec;",
         ("linear_few_sm90",),
     ),
     Mutation(
@@ -390,14 +421,14 @@ MUTATIONS = (
     ),
     Mutation(
         INDEX, "linear_few_sm90.cu", "warps that share a unit's tokens all add up the first ones",
-        "const int vec = sharer * kOwnVecs + i;",
-        "const int vec = i;",
+        "const int staged_vec = sharer * kOwnVecs + i,",
+        "const int staged_vec = i,",
         ("linear_few_sm90",),
     ),
     Mutation(
         EDGE, "linear_few_sm90.cu", "the last tokens' sums are not sent",
-        "        if (8 * i < m)\n          store_async",
-        "        if (8 * i + 8 <= m)\n          store_async",
+        "          if (8 * i < m)\n            store_async",
+        "          if (8 * i + 8 <= m)\n            store_async",
         ("linear_few_sm90",),
     ),
     Mutation(

@@ -216,6 +216,7 @@ namespace {
 
 constexpr int kNumberedBarriers = 16;
 unsigned long long numbered_barriers[kNumberedBarriers];  // each holds an Mbarrier
+unsigned waiting_warps[kNumberedBarriers];                // in the phase under way, a bit each
 
 Mbarrier load_numbered(int id, int num_threads) {
   if (id < 1 || id >= kNumberedBarriers) fail("barrier %d: there are 1 to %d", id, kNumberedBarriers - 1);
@@ -229,7 +230,10 @@ Mbarrier load_numbered(int id, int num_threads) {
 
 }  // namespace
 
-void begin_numbered_barriers() { memset(numbered_barriers, 0, sizeof numbered_barriers); }
+void begin_numbered_barriers() {
+  memset(numbered_barriers, 0, sizeof numbered_barriers);
+  memset(waiting_warps, 0, sizeof waiting_warps);
+}
 
 bool numbered_barriers_are_free() {
   return std::all_of(numbered_barriers, numbered_barriers + kNumberedBarriers, [](const unsigned long long& barrier) {
@@ -240,10 +244,15 @@ bool numbered_barriers_are_free() {
 
 namespace {
 
-int arrive_numbered(int id, int num_threads) {  // returns the parity of the phase
+int arrive_numbered(int id, int num_threads, bool waits) {  // returns the parity of the phase
   Mbarrier value = load_numbered(id, num_threads);
   const int parity = value.phase % 2;
   value.missing = value.missing - 1;
+  if (waits) waiting_warps[id] |= 1u << current->warp;
+  if (value.missing == 0) {
+    note_meeting(waiting_warps[id]);
+    waiting_warps[id] = 0;
+  }
   update(numbered_barriers + id, value);
   return parity;
 }
@@ -252,12 +261,12 @@ int arrive_numbered(int id, int num_threads) {  // returns the parity of the pha
 
 void bar_arrive(int id, int num_threads) {
   ENTER();
-  arrive_numbered(id, num_threads);
+  arrive_numbered(id, num_threads, false);
 }
 
 void bar_sync(int id, int num_threads, Site site) {
   ENTER();
-  const int parity = arrive_numbered(id, num_threads);
+  const int parity = arrive_numbered(id, num_threads, true);
   if (mbarrier_is_past(numbered_barriers + id, parity)) return;
   current->waits_in = "bar_sync";
   current->barrier = numbered_barriers + id;

@@ -132,6 +132,7 @@ void end_transfer(void* dst);                                   // its bytes are
 void drop_transfer(void* dst);
 void note_arrival(int warp);  // at an mbarrier: what the warp has read so far may be overwritten by who waits for it
 void note_barrier();          // the same of all warps
+void note_meeting(unsigned warps);  // (a bit each) at a numbered barrier: what they did before is done, to each other
 void fence_copy(void* dst);                               // wgmma may read what has landed
 const unsigned char* async_read(unsigned address);        // 16 bytes of shared memory, as wgmma reads them
 

@@ -187,6 +187,27 @@ def test_wrong_turns_are_found(compiler, fault, message):
         run_warp_turns(compiler, fault, 1)
 
 
+def run_shift_rows(compiler, fault, seed):
+    x = np.arange(256, dtype=np.int32).reshape(4, 64)
+    out = np.full_like(x, -1)
+    kernel = HostLoader(HOST_DIR, seed)("cases.cu", f"shift_rows<MeetingFault::{fault}>")
+    kernel((1,), (96,), (out, x, np.int32(4)))
+    np.testing.assert_array_equal(out, np.roll(x, -1, axis=1))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_was_written_before_a_numbered_barrier_is_read_after_it(compiler, seed):
+    run_shift_rows(compiler, "kNone", seed)
+
+
+@pytest.mark.watcher
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("fault", ["kNotBeforeReads", "kNotBeforeWrites"])
+def test_a_numbered_barrier_that_is_missing_is_found(compiler, fault, seed):
+    with pytest.raises(HostKernelError, match=r"race: (reads|writes) byte .* with no barrier between"):
+        run_shift_rows(compiler, fault, seed)
+
+
 @pytest.mark.parametrize("value", [1, 2, 3, 4, 7, 131, 132, 4095, 4096, 65537, 2**30, 2**31 - 1])
 def test_divisors(load, rng, value):
     multiples = np.arange(0, 2**31, value * max(1, 2**31 // value // 1000), np.int64)

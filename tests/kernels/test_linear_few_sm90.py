@@ -6,6 +6,8 @@ out the rows that they store. The sums of splits run on a GPU only.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from linear_tools import (
@@ -24,6 +26,7 @@ from linear_tools import (
 
 from cupaged.kernels import linear_few_sm90 as linear_few_sm90_module
 from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32, HALF_TYPES, ceil_div
+from cupaged.kernels.device import DeviceInfo
 from cupaged.kernels.linear_few_sm90 import linear_few_sm90, linear_few_sm90_silu_and_mul
 from cupaged.kernels.tuning import (
     LINEAR_FEW_SPLITS,
@@ -37,6 +40,12 @@ from cupaged.kernels.tuning import (
 from kernel_tools import poisoned
 
 pytestmark = pytest.mark.sm90
+
+
+@pytest.fixture(autouse=True)
+def on_an_h100(monkeypatch):
+    """So many thread blocks have room, on the host too."""
+    monkeypatch.setattr(linear_few_sm90_module, "device_info", lambda: H100)
 
 
 def tile_id(tile: LinearFewTile) -> str:
@@ -59,6 +68,7 @@ def cases():
 
 SMALLEST, HALVED = LinearFewTile(8, 1, 12, 1), LinearFewTile(16, 1, 10, 2)
 WIDE = LinearFewTile(64, 2, 4, 1)
+UNSPLIT = [tile for tile in LINEAR_FEW_TILES if tile.splits == 1]
 
 
 @pytest.mark.parametrize(("m", "n", "k", "dtype", "out_dtype", "with_bias", "tile"), list(cases()))
@@ -82,6 +92,30 @@ def test_silu_and_mul_of_products_match_the_formula(runner, rng, tile):
     for m, n, k in ((tile.tokens, tile.rows // 2, 64), (tile.tokens - 1, tile.rows // 2 + 8, 520), (1, 31, 72)):
         x, gate, up = gate_and_up(rng, m, n, k, HALF_TYPES[tile.splits % 2])
         assert_gated_matches_formula(gated(runner, linear_few_sm90_silu_and_mul, x, gate, up, tile), x, gate, up)
+
+
+@pytest.mark.parametrize("k", [64, 200, 456])  # the first stages hold several tiles, the ring turns within one
+@pytest.mark.parametrize("tile", UNSPLIT, ids=tile_id)
+def test_a_thread_block_computes_one_tile_after_the_other(runner, rng, k, tile):
+    """Five tiles, of which the last one is cut off: all in one thread block, and two and three of them in two."""
+    m, n = tile.tokens - 1, 4 * tile.rows + 9
+    x, weight, bias = operands(rng, m, n, k, FLOAT16, True)
+    added_to = residual(rng, m, n)
+    alone = run(runner, linear_few_sm90, x, weight, bias, FLOAT32, tile, added_to)
+    assert_matches_formula(alone, x, weight, bias, added_to)
+    for num_blocks in (1, 2):
+        operation = partial(linear_few_sm90, num_blocks=num_blocks)
+        assert np.array_equal(run(runner, operation, x, weight, bias, FLOAT32, tile, added_to), alone)
+        out = run(runner, operation, x, weight, bias, FLOAT16, tile)
+        assert_matches_formula(out, x, weight, bias)
+
+
+@pytest.mark.parametrize("tile", UNSPLIT, ids=tile_id)
+def test_a_thread_block_gates_one_tile_after_the_other(runner, rng, tile):
+    for m, n, k in ((tile.tokens, 2 * tile.rows - 8, 328), (1, tile.rows + 3, 72)):
+        x, gate, up = gate_and_up(rng, m, n, k, BFLOAT16)
+        out = gated(runner, partial(linear_few_sm90_silu_and_mul, num_blocks=2), x, gate, up, tile)
+        assert_gated_matches_formula(out, x, gate, up)
 
 
 @pytest.mark.parametrize("splits", LINEAR_FEW_SPLITS)
@@ -118,8 +152,7 @@ def test_empty_operands_launch_nothing(m, n):
     linear_few_sm90(np.full((m, n), np.nan, BFLOAT16), np.zeros((m, 16), BFLOAT16), np.zeros((n, 16), BFLOAT16))
 
 
-def test_bad_operands_are_named(monkeypatch):
-    monkeypatch.setattr(linear_few_sm90_module, "device_info", lambda: H100)
+def test_bad_operands_are_named():
     out, x, weight = (np.zeros(shape, BFLOAT16) for shape in ((4, 8), (4, 16), (8, 16)))
     with pytest.raises(ValueError, match="x: dtype must be bfloat16 or float16"):
         linear_few_sm90(out, x.astype(FLOAT32), weight)
@@ -139,6 +172,16 @@ def test_two_thread_blocks_fit_an_sm_and_all_are_shipped():
     for tile in LINEAR_FEW_TILES:
         assert 2 * (tile.shared_bytes + 1024) <= H100.max_shared_bytes + 1024  # CUDA takes 1,024 bytes of each
         assert f"linear_few_sm90<__half, float, {tile.tokens}, {tile.groups}, {tile.stages}, {tile.splits}>" in names
+
+
+def test_where_k_is_split_all_thread_blocks_have_room_at_once():
+    for num_sms in (78, 114, 132):
+        device = DeviceInfo("sm_90a", num_sms, H100.max_shared_bytes)
+        for n in range(1, 64 * num_sms, 64):
+            for k in (768, 4096):
+                splits = linear_few_splits(n, k, device)
+                tiles = [tile for tile in LINEAR_FEW_TILES if tile.splits == splits > 1]
+                assert all(splits * ceil_div(n, tile.rows) <= tile.blocks_at_once(device) for tile in tiles)
 
 
 def test_chosen_tiles_hold_the_tokens_and_split_by_the_weight_alone():
