@@ -240,38 +240,63 @@ struct Rope {
   float eps;
 };
 
-// Norm and rotate an item's queries and, where `newest` is not null, its sequence's newest key; take the newest value as
-// it is. All threads call it.
-template <typename scalar_t, int kHeadDim, int kQueryRow, int kNumThreads>
-__device__ __forceinline__ void rotate_heads(scalar_t* queries,      // [num_queries][kQueryRow] in shared memory
-                                             scalar_t* newest,       // [key, value][kHeadDim] there, or null
-                                             const scalar_t* query,  // the first one's head; the others follow
-                                             const scalar_t* key,    // its head
-                                             const scalar_t* value,
-                                             int num_queries, int position, const Rope<scalar_t>& rope) {
+// How a thread block norms and rotates an item's queries and, where it has one, the newest key, and passes on the newest
+// value; a thread has a share of one head after another.
+template <typename scalar_t, int kHeadDim, int kNumThreads>
+struct HeadRotation {
   using Share = HeadShare<scalar_t, kHeadDim>;
-  const int count = num_queries + (newest != nullptr ? 2 : 0);
-  const float* cos_sin = rope.cos_sin + (long long)position * rope.rotary_dim;
-#pragma unroll 1
-  for (int first = 0; first < count; first += kNumThreads / Share::kLanes) {
-    const int index = first + threadIdx.x / Share::kLanes;
-    const bool is_query = index < num_queries, is_value = index > num_queries;
-    Share share(rope.rotary_dim);
-    if (index < count) {
-      if (!is_value) {
-        share.load_rotation(cos_sin, rope.rotary_dim);
-        if (rope.q_norm != nullptr) share.load_weight(is_query ? rope.q_norm : rope.k_norm);
-      }
-      share.load(is_query ? query + index * kHeadDim : is_value ? value : key);
-    }
-    if (rope.q_norm != nullptr) share.norm(rope.eps, !is_value);
-    if (index >= count || !share.exists) continue;
-    if (!is_value) share.rotate();
-    scalar_t* place = is_query ? queries + index * kQueryRow : newest + is_value * kHeadDim;
-    store_float8(place + share.first, share.a);
-    store_float8(place + share.second, share.b);
+  static constexpr int kQueryRow = kHeadDim + 8;  // elements; the 8 extra ones keep reading free of bank conflicts
+  static_assert(4 * kNumThreads >= kHeadDim, "a vector a thread is enough");
+
+  // In shared memory; twin in paged_decode_sm90.py.
+  struct Memory {
+    float cos_sin[kHeadDim];       // the position's row
+    scalar_t norms[2][kHeadDim];   // of queries and keys
+    scalar_t newest[2][kHeadDim];  // key and value
+    // and after it the queries, [8 * kHeadTiles][kQueryRow]
+    __device__ __forceinline__ scalar_t* queries() { return reinterpret_cast<scalar_t*>(this + 1); }
+  };
+
+  // Ask for what no kernel writes, for a token at `position`. Its row may have left L2 since it was last read: all
+  // weights go through there.
+  static __device__ __forceinline__ void prepare(Memory& memory, const Rope<scalar_t>& rope, int position) {
+    const int i = 4 * threadIdx.x, j = 8 * threadIdx.x;
+    if (i < rope.rotary_dim) cp_async_16(memory.cos_sin + i, rope.cos_sin + (long long)position * rope.rotary_dim + i);
+    if (rope.q_norm != nullptr && j < 2 * kHeadDim)
+      cp_async_16(memory.norms[0] + j, j < kHeadDim ? rope.q_norm + j : rope.k_norm + j - kHeadDim);
+    cp_async_commit_group();
   }
-}
+
+  // All threads call it, after prepare. query: the first one's head, the others follow; key: its head, or null.
+  static __device__ __forceinline__ void run(Memory& memory, const Rope<scalar_t>& rope, const scalar_t* query,
+                                             const scalar_t* key, const scalar_t* value, int num_queries) {
+    const int count = num_queries + (key != nullptr ? 2 : 0);
+#pragma unroll 1
+    for (int first = 0; first < count; first += kNumThreads / Share::kLanes) {
+      const int index = first + threadIdx.x / Share::kLanes;
+      const bool is_query = index < num_queries, is_value = index > num_queries;
+      Share share(rope.rotary_dim);
+      if (index < count) share.load(is_query ? query + index * kHeadDim : is_value ? value : key);
+      if (first == 0) {
+        cp_async_wait_group<0>();
+        __syncthreads();  // everybody's part of what was prepared is there
+      }
+      if (rope.q_norm != nullptr) {
+        share.load_weight(memory.norms[!is_query]);
+        share.norm(rope.eps, !is_value);
+      }
+      if (index >= count || !share.exists) continue;
+      if (!is_value) {
+        share.load_rotation(memory.cos_sin, rope.rotary_dim);
+        share.rotate();
+      }
+      scalar_t* place = is_query ? memory.queries() + index * kQueryRow : memory.newest[is_value];
+      store_float8(place + share.first, share.a);
+      store_float8(place + share.second, share.b);
+    }
+    __syncthreads();
+  }
+};
 
 // A warp puts the newest key or value [kHeadDim] into row `row` of a step [..][16, kHeadDim] that the copy engine has
 // brought, and into the cache: row `block_row` of the block.
@@ -324,10 +349,10 @@ paged_decode_sm90(scalar_t* __restrict__ out,            // [num_seqs, num_heads
                   const scalar_t* k_norm,
                   int rotary_dim, float eps) {
   using Stream = StepStream<scalar_t, kHeadDim, kKeyTiles, kWarps, kSlots>;
+  using Rotation = HeadRotation<scalar_t, kHeadDim, kWarps * kWarpSize>;
   constexpr int kHeads = 8 * kHeadTiles;
   constexpr int kColumns = kHeadDim / kWarpSize;         // of a lane that merges a head
   constexpr int kPartsSize = kWarps * kHeadDim + 4;      // floats; the 4 extra ones spread the heads over the banks
-  constexpr int kQueryRow = kHeadDim + 8;                // elements; the 8 extra ones do that as well
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int group = num_heads / kv.num_kv_heads;
   const int row_tiles = ceil_div(group, kHeads);
@@ -336,9 +361,8 @@ paged_decode_sm90(scalar_t* __restrict__ out,            // [num_seqs, num_heads
   scalar_t* ring = reinterpret_cast<scalar_t*>(shared);                                    // [kWarps][kSlots][kSlotSize]
   float* part_outs = reinterpret_cast<float*>(ring + kWarps * kSlots * Stream::kSlotSize);  // [head][part][kHeadDim]
   auto* part_states = reinterpret_cast<SoftmaxState*>(part_outs + kWarps * kPartsSize);     // [head][part]
-  scalar_t* rotated = reinterpret_cast<scalar_t*>(part_states + kWarps * kWarps);  // queries [kHeads][kQueryRow]
-  scalar_t* newest = rotated + kHeads * kQueryRow;                                 // key, value [2][kHeadDim]
-  auto* full = reinterpret_cast<unsigned long long*>(newest + 2 * kHeadDim) + warp * kSlots;  // [kWarps][kSlots]
+  auto& rotation = *reinterpret_cast<typename Rotation::Memory*>(part_states + kWarps * kWarps);
+  auto* full = reinterpret_cast<unsigned long long*>(rotation.queries() + kHeads * Rotation::kQueryRow) + warp * kSlots;
   if (lane == 0) {
     for (int i = 0; i < kSlots; ++i) mbarrier_init(full + i, 1);
     mbarrier_init_fence();
@@ -347,39 +371,44 @@ paged_decode_sm90(scalar_t* __restrict__ out,            // [num_seqs, num_heads
 
   // Lengths, block tables and slabs are written by no kernel, but by copies that all launches wait for.
   Items items(seq_lens, num_seqs, kv.num_kv_heads * row_tiles, window, max_splits);
+  const bool has_items = items.find(blockIdx.x);
   const Source source{kv, block_tables, max_blocks, block_shift, row_tiles};
   Stream stream(ring + warp * kSlots * Stream::kSlotSize, full, source, items);
   const Rope<scalar_t> rope{cos_sin, q_norm, k_norm, rotary_dim, eps};
   const bool ropes = cos_sin != nullptr;
+  const int block_size = 1 << block_shift;
+  int newest_key;          // -1 where the item has none, or it needs no rotation
+  scalar_t* newest_block;  // its keys
+  auto prepare = [&]() {
+    newest_key = -1, newest_block = nullptr;
+    if (!ropes) return;
+    const int last_key = items.splits.seq_len - 1;  // -1 in padding, whose result nobody reads
+    Rotation::prepare(rotation, rope, max(0, last_key));
+    if (items.split != items.splits.count - 1) return;
+    newest_key = last_key;
+    const int block = block_tables[(long long)items.seq * max_blocks + (last_key >> block_shift)];
+    newest_block = kv.block<scalar_t, kHeadDim>(kv.k_offset, block, items.head_tile / row_tiles, block_size);
+  };
+  if (has_items) prepare();
   if (!ropes) griddepcontrol_wait();
   stream.start();
   if (ropes) griddepcontrol_wait();
   griddepcontrol_launch_dependents();
 
   for (int item = blockIdx.x; items.find(item); item += gridDim.x) {
+    if (item != blockIdx.x) prepare();
     const int begin = items.splits.begin(items.split), end = items.splits.end(items.split);
     const int kv_head = items.head_tile / row_tiles;
     const int first_head = kv_head * group + items.head_tile % row_tiles * kHeads;
-    const int last_head = min(first_head + kHeads, (kv_head + 1) * group);
-    const int num_item_heads = last_head - first_head;
+    const int num_item_heads = min(kHeads, (kv_head + 1) * group - first_head);
 
     KeyAttention<scalar_t, kHeadDim, kKeyTiles, kHeadTiles> attention;
     const scalar_t* heads = qkv + (long long)items.seq * (num_heads + 2 * kv.num_kv_heads) * kHeadDim;
-    const int block_size = 1 << block_shift;
-    int newest_key = -1;  // in this item, with rope
-    scalar_t* newest_block = nullptr;
     if (ropes) {
-      if (items.split == items.splits.count - 1) {
-        newest_key = end - 1;
-        const int block = block_tables[(long long)items.seq * max_blocks + (newest_key >> block_shift)];
-        newest_block = kv.block<scalar_t, kHeadDim>(kv.k_offset, block, kv_head, block_size);
-      }
       const scalar_t* key = heads + (num_heads + kv_head) * kHeadDim;
-      rotate_heads<scalar_t, kHeadDim, kQueryRow, kWarps * kWarpSize>(
-          rotated, newest_key < 0 ? nullptr : newest, heads + first_head * kHeadDim, key,
-          key + kv.num_kv_heads * kHeadDim, num_item_heads, max(0, items.splits.seq_len - 1), rope);
-      __syncthreads();
-      attention.load(rotated, kQueryRow, num_item_heads);
+      Rotation::run(rotation, rope, heads + first_head * kHeadDim, newest_key < 0 ? nullptr : key,
+                    key + kv.num_kv_heads * kHeadDim, num_item_heads);
+      attention.load(rotation.queries(), Rotation::kQueryRow, num_item_heads);
     } else {
       attention.load(heads + first_head * kHeadDim, kHeadDim, num_item_heads);
     }
@@ -392,19 +421,24 @@ paged_decode_sm90(scalar_t* __restrict__ out,            // [num_seqs, num_heads
         if (has_newest)
           put_row<kHeadDim>(step, newest_key - first_key, block, newest_key & (block_size - 1), block_size, from);
       };
-      put_newest(keys, newest_block, newest);
+      put_newest(keys, newest_block, rotation.newest[0]);
       attention.score(keys);
       stream.release_keys();
       if (!whole) attention.mask(first_key, begin, end);
       attention.softmax(scale);
       scalar_t* values = stream.next();
-      put_newest(values, newest_block + (kv.v_offset - kv.k_offset), newest + kHeadDim);
+      put_newest(values, newest_block + (kv.v_offset - kv.k_offset), rotation.newest[1]);
       if (!whole) {
         // Slots without a key may hold NaN, and NaN times a weight of 0 is NaN.
-        for (int i = lane; i < Stream::kSlotSize / 8; i += kWarpSize) {
-          const int key = first_key + i / (kHeadDim * 2) * 16 + i / 8 % 16;  // i counts chunks of 8 elements
-          if (key < begin || key >= end) store_vec(values + i * 8, Vec<scalar_t>{});
-        }
+        auto clear = [&](int first, int last) {  // rows of the step
+          constexpr int kChunks = kHeadDim / 8;
+#pragma unroll 1
+          for (int row = first + lane / kChunks; row < last; row += kWarpSize / kChunks)
+            store_vec(values + row / 16 * 16 * kHeadDim + chunk_offset<kHeadDim>(row % 16, lane % kChunks, 16),
+                      Vec<scalar_t>{});
+        };
+        clear(0, begin - first_key);
+        clear(max(0, end - first_key), Stream::kKeys);
         fence_proxy_async();  // before the copy engine writes there again
         __syncwarp();
       }

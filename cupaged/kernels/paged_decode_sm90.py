@@ -21,13 +21,14 @@ def decode_kernel(dtype: np.dtype, head_dim: int, group: int) -> DecodeKernel:
     num_tiles = KEY_TILES[head_dim]
     ring = NUM_WARPS * NUM_SLOTS * num_tiles * 16 * head_dim * dtype.itemsize
     merging = NUM_WARPS * (NUM_WARPS * (4 * head_dim + 8) + 16)  # for each warp a head of each warp, with its state
-    rotated = (8 * head_tiles * (head_dim + 8) + 2 * head_dim) * dtype.itemsize  # queries; the newest key and value
+    # HeadRotation's: a position's cosines and sines; two norms' weights, the newest key and value; the queries.
+    rotation = 4 * head_dim + (4 * head_dim + 8 * head_tiles * (head_dim + 8)) * dtype.itemsize
     return DecodeKernel(
         "paged_decode_sm90.cu",
         f"paged_decode_sm90<{C_TYPE[dtype]}, {head_dim}, {head_tiles}, {num_tiles}, {NUM_WARPS}, {NUM_SLOTS}>",
         tile_rows=8 * head_tiles,
         num_threads=32 * NUM_WARPS,
-        shared_bytes=ring + merging + rotated + NUM_WARPS * NUM_SLOTS * 8,  # the last: a barrier a slot
+        shared_bytes=ring + merging + rotation + NUM_WARPS * NUM_SLOTS * 8,  # the last: a barrier a slot
         ropes=True,
         blocks_an_sm=2,
         merge_name=f"merge_splits<{C_TYPE[dtype]}, {head_dim}, {MERGE_WARPS}>",

@@ -537,14 +537,20 @@ MUTATIONS = (
     ),
     Mutation(
         HOPPER, "paged_decode_sm90.cu", "queries are read before they are rotated",
-        "      __syncthreads();\n      attention.load(rotated,",
-        "      attention.load(rotated,",
+        "    }\n    __syncthreads();\n  }\n};",
+        "    }\n  }\n};",
+        DECODE,
+    ),
+    Mutation(
+        HOPPER, "paged_decode_sm90.cu", "cosines are read before they have all come",
+        "        __syncthreads();  // everybody's part",
+        "        // everybody's part",
         DECODE,
     ),
     Mutation(
         HOPPER, "paged_decode_sm90.cu", "each split takes its last key for the newest",
-        "if (items.split == items.splits.count - 1) {",
-        "if (items.splits.count > 0) {",
+        "if (items.split != items.splits.count - 1) return;",
+        "if (items.splits.count == 0) return;",
         DECODE,
     ),
     Mutation(
@@ -555,8 +561,8 @@ MUTATIONS = (
     ),
     Mutation(
         HOPPER, "paged_decode_sm90.cu", "values are rotated as keys are",
-        "    if (!is_value) share.rotate();",
-        "    share.rotate();",
+        "      if (!is_value) {\n        share.load_rotation",
+        "      if (true) {\n        share.load_rotation",
         DECODE,
     ),
     Mutation(
