@@ -12,11 +12,13 @@
 //           swizzle. That works because the order of a sum's terms is free: lane t of four copies columns 8t .. 8t+7 of
 //           each 32 for every row, of x and of weight alike, and the mma is told that those are its columns 2t, 2t+1,
 //           2t+8, 2t+9, twice.
-// Norm:     while the first weight is on its way, the warps read all of x once, for the sums of its squares. Then x goes
-//           through registers, a chunk ahead, where it is normed and rounded as rms_norm.cu does it: to the order of the
-//           sum of squares, what is multiplied is the same. Each thread block does so anew, out of L2; with 2,048 columns
-//           the waits for x took longer than a launch. A scale that is applied to the sums at the end would save the first
-//           reading, but x without it rounds otherwise, and a row's result would tell how many rows the step has.
+// Norm:     a warp asks for all its x of 8 tokens at once and sums the squares. When the other warps' sums are there,
+//           it norms and rounds x as rms_norm.cu does: to the order of the sum of squares, what is multiplied is the
+//           same. From then on x stays in registers, which is what bounds k. In float32 they hold 8 tokens: of 16, the
+//           first 8 are read again. The norm's weight is asked for before the wait for the kernel before, as it may
+//           have to come from DRAM. Each thread block norms anew, out of L2. A scale that is applied to the sums at the
+//           end would save these waits, but x without it rounds otherwise, and a row's result would tell how many rows
+//           the step has.
 // Numerics: products summed in float32 along each warp's chunks in the order of k, then the 8 sums in the order of the
 //           warps, then the bias, then what is added to; silu in float32, of such sums; one rounding, at the store. An
 //           element's value depends on its row of x, its rows of weight, its bias, what is added to and on k alone: not
@@ -30,43 +32,26 @@
 #include "linear_epilogue.cuh"
 #include "ptx.cuh"
 
-constexpr int kWarps = 8;   // they share k: another number is another order of summation
+constexpr int kWarps = 8;               // they share k: another number is another order of summation
 constexpr int kNumThreads = kWarps * kWarpSize;
-constexpr int kChunk = 64;  // columns of k that a warp takes at a time
-constexpr int kPiece = 32;  // columns that four lanes hold in 16 bytes each: two steps of k of the mma
+constexpr int kChunk = 64;              // columns of k that a warp takes at a time
+constexpr int kPiece = 32;              // columns that four lanes hold in 16 bytes each: two steps of k of the mma
+constexpr int kTurn = kWarps * kChunk;  // columns from a warp's chunk to its next
 
-// What a lane has of a chunk of rows that are normed: 8 columns of each piece, in 8 or 16 rows.
-template <typename scalar_t, int kPieces, int kTokenTiles>
-struct NormedChunk {
-  Vec<scalar_t> norm[kPieces];
-  Float8 rows[kPieces][kTokenTiles];
-
-  // The rows, normed and rounded, in pairs of elements. scales: of the rows.
-  __device__ __forceinline__ void multiply(Vec<unsigned> (&normed)[kPieces][kTokenTiles],
-                                           const float (&scales)[kTokenTiles]) const {
-#pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece)
-#pragma unroll
-      for (int t = 0; t < kTokenTiles; ++t) {
-        Vec<scalar_t> products;
-#pragma unroll
-        for (int e = 0; e < 8; ++e)
-          products.data[e] =
-              from_float<scalar_t>(rows[piece][t].data[e] * (scales[t] * to_float(norm[piece].data[e])));
-        normed[piece][t] = *reinterpret_cast<const Vec<unsigned>*>(&products);
-      }
-  }
-};
+// Of x that is normed: columns, at most (twin of LINEAR_SMALL_NORMED_COLUMNS in tuning.py), and a warp's chunks of them.
+constexpr int kMaxNormed = 2048;
+constexpr int kMaxChunks = kMaxNormed / kTurn;
 
 // Grid: ceil(n / (16 * kRowTiles)) thread blocks of 8 warps.
-// PRECOND: m <= 8 * kTokenTiles, k % 8 == 0, and x and weight start at multiples of 16 bytes.
+// PRECOND: m <= 8 * kTokenTiles, k % 8 == 0, where x is normed k <= kMaxNormed, and x, weight and norm start at
+//          multiples of 16 bytes.
 template <typename scalar_t,  // storage type of x, weight and bias
           typename out_t,     // of out: scalar_t or float
           typename x_t,       // of x: scalar_t, or float: rows that are normed first
           int kRowTiles,      // mma tiles of 16 rows of weight in a thread block
           int kTokenTiles,    // mma tiles of 8 tokens
           int kStages>        // chunks that a warp has on their way
-__global__ void __launch_bounds__(kNumThreads)
+__global__ void __launch_bounds__(kNumThreads, sizeof(x_t) == sizeof(float) ? 2 : 1)  // normed: 128 registers
 linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [m, n / 2]
              const x_t* __restrict__ x,            // [m, k]
              const scalar_t* __restrict__ weight,  // [n, k]
@@ -125,33 +110,20 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
     }
   };
 
-  // Of rows that are to be normed, the chunk that is multiplied next.
-  NormedChunk<scalar_t, kPieces, kTokenTiles> next;
-  auto load_norm = [&](int first) {
-#pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      next.norm[piece] = {};
-      if (column + first + piece * kPiece < k) next.norm[piece] = load_vec(norm + column + first + piece * kPiece);
-    }
-  };
-  auto load_x = [&](int first) {
-#pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece)
-#pragma unroll
-      for (int i = 0; i < kTokenTiles; ++i) {
-        const int offset = first + piece * kPiece;
-        next.rows[piece][i] = {};
-        if (column + offset < k && token + 8 * i < m)
-          next.rows[piece][i] = load_float8(x_source + i * stride + offset);
-      }
-  };
-
+  // Behind the rings, where x is normed: the norm's weight for each warp's chunks, a vector a lane; then the warps'
+  // sums of squares, [kWarps][kTokens].
+  static_assert(kMaxChunks * kChunk == kWarpSize * 8, "a warp's part of the norm's weight is a vector a lane");
+  Vec<scalar_t>* block_norm = reinterpret_cast<Vec<scalar_t>*>(shared) + kWarps * kRingVecs;
+  Vec<scalar_t>* warp_norm = block_norm + warp * kWarpSize;
+  if constexpr (kNormed) {
+    const int norm_column = warp * kChunk + lane * 8 / kChunk * kTurn + lane * 8 % kChunk;
+    cp_async_16(warp_norm + lane, norm + norm_column, norm_column < k);
+    cp_async_commit_group();
+  }
   // No kernel writes weight: its first chunks are on their way while the kernel before this one ends. They belong to the
   // first group, so that a group a chunk is counted below.
-  constexpr int kTurn = kWarps * kChunk;  // columns from a warp's chunk to its next
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) copy_weight(stage, stage * kTurn);
-  if constexpr (kNormed) load_norm(0);
   griddepcontrol_wait();
   griddepcontrol_launch_dependents();
   // Where output `index` of the thread block's kTokens * kRows goes; null if there is none.
@@ -166,37 +138,57 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
     const out_t* place = output(threadIdx.x + i * kNumThreads);
     if (accumulates<out_t>(epilogue) && place != nullptr) held[i] = to_float(*place);
   }
-  [[maybe_unused]] float scales[kTokenTiles] = {};
+
+  Vec<unsigned> normed[kMaxChunks][kPieces][kTokenTiles];  // what the warp multiplies of x that is normed, in pairs
   if constexpr (kNormed) {
-    float* warp_squares = reinterpret_cast<float*>(reinterpret_cast<Vec<scalar_t>*>(shared) + kWarps * kRingVecs);
-    float squares[kTokenTiles] = {};
-#pragma unroll 4
-    for (int first = 0; warp * kChunk + first < k; first += kTurn)
+    float* squares = reinterpret_cast<float*>(block_norm + kWarps * kWarpSize);
+    Float8 rows[kMaxChunks][kPieces];  // of a token tile
+    auto load_rows = [&](int t) {
 #pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece)
+      for (int first = 0; first < kMaxNormed && warp * kChunk + first < k; first += kTurn)
 #pragma unroll
-        for (int t = 0; t < kTokenTiles; ++t) {
-          const int offset = first + piece * kPiece;
-          if (column + offset >= k || token + 8 * t >= m) continue;
-          const Float8 values = load_float8(x_source + t * stride + offset);
-#pragma unroll
-          for (int e = 0; e < 8; ++e) squares[t] += values.data[e] * values.data[e];
+        for (int piece = 0; piece < kPieces; ++piece) {
+          Float8& values = rows[first / kTurn][piece];
+          values = {};
+          if (column + first + piece * kPiece < k && token + 8 * t < m)
+            values = load_float8(x_source + t * stride + first + piece * kPiece);
         }
+    };
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
-      squares[t] += __shfl_xor_sync(kFullMask, squares[t], 1);
-      squares[t] += __shfl_xor_sync(kFullMask, squares[t], 2);
-      if (lane % 4 == 0) warp_squares[warp * kTokens + t * 8 + token] = squares[t];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t) {
+      load_rows(t);
       float square = 0.f;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) square += warp_squares[w * kTokens + t * 8 + token];
-      scales[t] = rsqrtf(square / k + eps);
+      for (int first = 0; first < kMaxNormed && warp * kChunk + first < k; first += kTurn)
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece)
+#pragma unroll
+          for (int e = 0; e < 8; ++e) square += rows[first / kTurn][piece].data[e] * rows[first / kTurn][piece].data[e];
+      square += __shfl_xor_sync(kFullMask, square, 1);
+      square += __shfl_xor_sync(kFullMask, square, 2);
+      if (lane % 4 == 0) squares[warp * kTokens + t * 8 + token] = square;
     }
-    load_x(0);
+    cp_async_wait_group<0>();  // the norm's weight: the copies since then are in no group yet
+    __syncthreads();
+#pragma unroll
+    for (int t = kTokenTiles - 1; t >= 0; --t) {
+      if (t < kTokenTiles - 1) load_rows(t);  // the last tile's are still there
+      float square = 0.f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) square += squares[w * kTokens + t * 8 + token];
+      const float scale = rsqrtf(square / k + eps);
+#pragma unroll
+      for (int first = 0; first < kMaxNormed && warp * kChunk + first < k; first += kTurn)
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece) {
+          const Float8 factors = load_float8(warp_norm[(first / kTurn * kPieces + piece) * 4 + lane % 4].data);
+          Vec<scalar_t> products;
+#pragma unroll
+          for (int e = 0; e < 8; ++e)
+            products.data[e] = from_float<scalar_t>(rows[first / kTurn][piece].data[e] * (scale * factors.data[e]));
+          normed[first / kTurn][piece][t] = *reinterpret_cast<const Vec<unsigned>*>(&products);
+        }
+    }
   }
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
@@ -206,13 +198,9 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
 
   float sum[kRowTiles][kTokenTiles][4] = {};
   int stage = 0;
-  for (int first = 0; warp * kChunk + first < k; first += kTurn) {
-    Vec<unsigned> normed[kPieces][kTokenTiles];
-    if constexpr (kNormed) {
-      next.multiply(normed, scales);
-      load_norm(first + kTurn);
-      load_x(first + kTurn);
-    }
+  // Registers have no indices: with x in them, every chunk has code of its own.
+#pragma unroll(kNormed ? kMaxChunks : 1)
+  for (int first = 0; warp * kChunk + first < k && (!kNormed || first < kMaxNormed); first += kTurn) {
     cp_async_wait_group<kStages - 1>();  // this lane's own copies: nobody else reads them
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
@@ -223,7 +211,7 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
         pairs[i] = load_vec(reinterpret_cast<const unsigned*>(place + i * kWarpSize));
       if constexpr (kNormed)
 #pragma unroll
-        for (int i = 0; i < kTokenTiles; ++i) pairs[2 * kRowTiles + i] = normed[piece][i];
+        for (int i = 0; i < kTokenTiles; ++i) pairs[2 * kRowTiles + i] = normed[first / kTurn][piece][i];
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
 #pragma unroll

@@ -11,12 +11,16 @@ from cupaged.kernels.checks import C_TYPE, FLOAT32, HALF_TYPES, ceil_div, check_
 from cupaged.kernels.compile import NULL, load_kernel
 from cupaged.kernels.device import device_info
 from cupaged.kernels.linear import Epilogue, check_linear
-from cupaged.kernels.tuning import LINEAR_SMALL_ROWS, LINEAR_SMALL_TILES, LinearSmallTile, linear_small_tile
+from cupaged.kernels.tuning import (
+    LINEAR_SMALL_NORMED_COLUMNS,
+    LINEAR_SMALL_ROWS,
+    LINEAR_SMALL_TILES,
+    LinearSmallTile,
+    linear_small_tile,
+)
 
 MAX_ROWS = LINEAR_SMALL_ROWS  # of x; more are for `linear`
-# Of x, for norms in the products to be worth it; any number is right. A warp waits for each of its chunks of x: with
-# 2,048 columns (four chunks) a decode step of Llama-3.2-1B took 0.90 ms on an H200, where norms of their own took 0.85.
-MAX_NORMED_COLUMNS = 1024
+MAX_NORMED_COLUMNS = LINEAR_SMALL_NORMED_COLUMNS  # of x that is normed; with more, norms are for `rms_norm`
 NUM_THREADS = 256  # kWarps in linear_small.cu
 
 
@@ -35,8 +39,9 @@ def linear_small_silu_and_mul(out, x, weight, *, tile: LinearSmallTile | None = 
 
 
 def rms_norm_linear_small(out, x, norm, eps: float, weight, bias=None, *, tile: LinearSmallTile | None = None) -> None:
-    """out = rms_norm(x) @ weight^T + bias in one launch: x [m, k] float32, of at most 16 rows; norm [k], weight and
-    bias bfloat16 or float16. rms_norm as in the launcher of that name, rounded to that type before the products.
+    """out = rms_norm(x) @ weight^T + bias in one launch: x [m, k] float32, of at most 16 rows and 2,048 columns; norm
+    [k], weight and bias bfloat16 or float16. rms_norm as in the launcher of that name, rounded to that type before the
+    products.
 
     A row of out depends on its row of x alone, bit for bit, as in `linear_small`.
     """
@@ -55,6 +60,9 @@ def _launch(
 ) -> None:
     m, n, k = check_linear(out, x, weight, bias, epilogue, norm)
     check_that(m <= MAX_ROWS, f"x: linear_small takes at most {MAX_ROWS} rows; got {m}, use linear")
+    if norm is not None:
+        most = MAX_NORMED_COLUMNS
+        check_that(k <= most, f"x: linear_small norms at most {most} columns; got {k}, use rms_norm")
     if m == 0 or n == 0:
         return
     tile = tile or linear_small_tile(m, n, device_info())

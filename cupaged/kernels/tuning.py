@@ -139,11 +139,13 @@ class LinearSmallTile:
 
     @property
     def normed_shared_bytes(self) -> int:
-        """Where x is normed: of the rows alone, and the warps' sums of squares for each token."""
-        return 8 * self.stages * 16 * self.row_tiles * 128 + 8 * 8 * self.token_tiles * 4
+        """Where x is normed: of the rows alone; the norm's weight; the warps' sums of squares for each token."""
+        ring = 8 * self.stages * 16 * self.row_tiles * 128
+        return ring + 2 * LINEAR_SMALL_NORMED_COLUMNS + 8 * 8 * self.token_tiles * 4
 
 
 LINEAR_SMALL_ROWS = 16  # of x, at most
+LINEAR_SMALL_NORMED_COLUMNS = 2048  # of x, at most, where it is normed: registers hold no more; twin in linear_small.cu
 
 # At most 96 KB each, so that an H100 has two thread blocks an SM and every GPU from sm_80 on has one.
 LINEAR_SMALL_TILES = (

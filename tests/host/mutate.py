@@ -128,8 +128,8 @@ MUTATIONS = (
     ),
     Mutation(
         BARRIER, "linear_small.cu", "the squares of normed rows are added before they are all there",
-        "= squares[t];\n    }\n    __syncthreads();",
-        "= squares[t];\n    }",
+        "no group yet\n    __syncthreads();",
+        "no group yet",
         ("linear",),
     ),
     Mutation(
@@ -173,6 +173,12 @@ MUTATIONS = (
         COPY, "linear_small.cu", "the wait leaves one group too many under way",
         "cp_async_wait_group<kStages - 1>();",
         "cp_async_wait_group<kStages>();",
+        ("linear",),
+    ),
+    Mutation(
+        COPY, "linear_small.cu", "the norm's weight is read while its copies are under way",
+        "cp_async_wait_group<0>();  // the norm's",
+        "// the norm's",
         ("linear",),
     ),
     Mutation(
@@ -719,8 +725,8 @@ MUTATIONS = (
     ),
     Mutation(
         INDEX, "linear_small.cu", "the scale of a normed row is of one warp's columns",
-        "square += warp_squares[w * kTokens",
-        "square += warp_squares[warp * kTokens",
+        "square += squares[w * kTokens",
+        "square += squares[warp * kTokens",
         ("linear",),
     ),
     Mutation(
@@ -774,8 +780,8 @@ MUTATIONS = (
     ),
     Mutation(
         EDGE, "linear_small.cu", "one normed token past the last is read",
-        "token + 8 * i < m)\n",
-        "token + 8 * i <= m)\n",
+        "token + 8 * t < m)\n",
+        "token + 8 * t <= m)\n",
         ("linear",),
     ),
     Mutation(

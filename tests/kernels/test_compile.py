@@ -110,20 +110,37 @@ def test_every_instantiation_compiles(file, arch, programs):
     assert all(symbol.encode() in image for symbol in symbols.values())
 
 
-@pytest.mark.parametrize("file", [file for file in SOURCES if file.endswith("_sm90.cu")])
-def test_wgmma_is_left_asynchronous_and_nothing_spills(file):
-    """What ptxas says, which it says to nobody when it compiles: it may serialize the products, and did over a trap."""
+def ptxas_log(file, arch, names):
+    """What ptxas says, which it says to nobody when it compiles."""
     nvrtc = load_nvrtc()
     program = nvrtc.createProgram((compiler.SOURCE_DIR / file).read_text(), file, (), ())
-    names = [name for source, name in instantiations() if source == file]
     for name in names:
         nvrtc.addNameExpression(program, name)
     includes = (f"-I{folder}" for folder in compiler._include_dirs())
-    nvrtc.compileProgram(program, ("-arch=sm_90a", *compiler.FLAGS, "--ptxas-options=-v", *includes))
+    nvrtc.compileProgram(program, (f"-arch={arch}", *compiler.FLAGS, "--ptxas-options=-v", *includes))
     log = nvrtc.getProgramLog(program)
     nvrtc.destroyProgram(program)
+    return log
+
+
+@pytest.mark.parametrize("file", [file for file in SOURCES if file.endswith("_sm90.cu")])
+def test_wgmma_is_left_asynchronous_and_nothing_spills(file):
+    """ptxas may serialize the products, and did over a trap."""
+    names = [name for source, name in instantiations() if source == file]
+    log = ptxas_log(file, "sm_90a", names)
     assert "serialized" not in log
     assert len(re.findall(r"\b0 bytes spill stores, 0 bytes spill loads", log)) == len(names)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_registers_leave_two_thread_blocks_of_normed_products_an_sm(arch):
+    """All of a warp's x is in them. Of 65,536, two thread blocks of 256 threads have 128 a thread."""
+    names = [name for file, name in instantiations() if file == "linear_small.cu" and name.split(", ")[2] == "float"]
+    log = ptxas_log("linear_small.cu", arch, names)
+    assert len(re.findall(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", log)) == len(names)
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", log)]
+    assert len(registers) == len(names)
+    assert max(registers) <= 128
 
 
 def test_the_registry_names_each_source_and_nothing_twice():

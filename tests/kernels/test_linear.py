@@ -26,6 +26,7 @@ from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32, HALF_TYPES, ceil_
 from cupaged.kernels.device import DeviceInfo, set_device_info
 from cupaged.kernels.linear import COUNTERS_SIZE, linear, linear_silu_and_mul, linear_workspace_size
 from cupaged.kernels.linear_small import (
+    MAX_NORMED_COLUMNS,
     MAX_ROWS,
     linear_small,
     linear_small_silu_and_mul,
@@ -145,9 +146,13 @@ def run_normed(runner, rows, norm, weight, bias, out_dtype, tile) -> np.ndarray:
         )
         for m, n, k, with_bias in (
             (1, 40, 8, True),
+            (8 * tile.token_tiles - 4, 20, 64, True),
             (8 * tile.token_tiles, 16 * tile.row_tiles, 512, False),
             (8 * tile.token_tiles - 1, 16 * tile.row_tiles + 1, 576, True),
-            (8 * tile.token_tiles - 7, 48 * tile.row_tiles - 1, 512 * (tile.stages + 1) + 24, False),
+            (8 * tile.token_tiles, 16 * tile.row_tiles, 1024, False),
+            (8 * tile.token_tiles - 2, 16 * tile.row_tiles, 1032, True),
+            (8 * tile.token_tiles - 7, 48 * tile.row_tiles - 1, MAX_NORMED_COLUMNS - 24, False),
+            (8 * tile.token_tiles, 16 * tile.row_tiles + 1, MAX_NORMED_COLUMNS, True),
         )
     ],
 )
@@ -172,12 +177,13 @@ def test_silu_and_mul_of_normed_rows_match_the_formula(runner, rng, tile):
     assert_gated_matches_formula(found, normed, gate, up)
 
 
-def test_normed_rows_give_the_same_bits_in_every_tile_and_batch(runner, rng):
-    _, weight, bias = operands(rng, 16, 50, 1160, BFLOAT16, True)
-    rows, norm, _ = norm_operands(rng, 16, 1160, BFLOAT16)
+@pytest.mark.parametrize("k", [520, 1160, MAX_NORMED_COLUMNS])
+def test_normed_rows_give_the_same_bits_in_every_tile_and_batch(runner, rng, k):
+    _, weight, bias = operands(rng, 16, 50, k, BFLOAT16, True)
+    rows, norm, _ = norm_operands(rng, 16, k, BFLOAT16)
     together = run_normed(runner, rows, norm, weight, bias, BFLOAT16, LINEAR_SMALL_TILES[3])
     for tile in LINEAR_SMALL_TILES:
-        for some in (slice(1), slice(15, 16), slice(5, 12), slice(None)):
+        for some in (slice(1), slice(15, 16), slice(5, 12), slice(8), slice(9), slice(None)):
             if len(rows[some]) <= 8 * tile.token_tiles:
                 alone = run_normed(runner, rows[some], norm, weight, bias, BFLOAT16, tile)
                 assert np.array_equal(alone, together[some])
@@ -203,6 +209,9 @@ def test_bad_operands_of_normed_products_are_named():
         rms_norm_linear_small(out, x, norm[:8], EPS, weight)
     with pytest.raises(ValueError, match=r"out: expected shape \(4, 4\)"):
         rms_norm_linear_small_silu_and_mul(out, x, norm, EPS, weight)
+    x, weight, norm = np.zeros((4, 2056), FLOAT32), np.zeros((8, 2056), BFLOAT16), np.zeros(2056, BFLOAT16)
+    with pytest.raises(ValueError, match="x: linear_small norms at most 2048 columns; got 2056, use rms_norm"):
+        rms_norm_linear_small(out, x, norm, EPS, weight)
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
@@ -577,7 +586,7 @@ def test_chosen_tiles_fit_the_device_and_are_shipped(device):
             assert f"linear<__half, float, {', '.join(map(str, sizes))}>" in names
         for m in range(1, MAX_ROWS + 1):
             tile = linear_small_tile(m, n, device)
-            assert tile.shared_bytes <= device.max_shared_bytes
+            assert max(tile.shared_bytes, tile.normed_shared_bytes) <= device.max_shared_bytes
             assert tile.token_tiles == ceil_div(m, 8)
             sizes = f"{tile.row_tiles}, {tile.token_tiles}, {tile.stages}"
             assert f"linear_small<__half, __half, __half, {sizes}>" in small_names
