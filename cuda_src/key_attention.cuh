@@ -98,8 +98,8 @@ class KeyAttention {
       for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float first = exp2f(fmaf(scores_[n][h][2 * half], scale, -base[0]));
-          const float second = exp2f(fmaf(scores_[n][h][2 * half + 1], scale, -base[1]));
+          const float first = ex2_approx_ftz(fmaf(scores_[n][h][2 * half], scale, -base[0]));
+          const float second = ex2_approx_ftz(fmaf(scores_[n][h][2 * half + 1], scale, -base[1]));
           state[h][0].sum += first;
           state[h][1].sum += second;
           weights_[n][h][half] = movmatrix_trans(pack_pair<scalar_t>(first, second));

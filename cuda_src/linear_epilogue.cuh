@@ -27,9 +27,19 @@ struct alignas(8) Pair {  // neighbours in a row, as an mma leaves them: one 8-b
   float first, second;
 };
 
-// Adds bias and, if asked for, what out holds to the tile's results [kTileM, kColumns], which lie kStride floats apart in
-// shared memory, and stores them. The first is that of row first_row and column first_column of out.
-template <int kTileM, int kColumns, int kStride, int kThreads, typename out_t, typename scalar_t>
+struct LoadAndStore {  // how a vector is added to what out holds
+  __device__ __forceinline__ void operator()(float* place, const float (&values)[4]) const {
+    Vec<float> sums = load_vec(place);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sums.data[e] += values[e];
+    store_vec(place, sums);
+  }
+};
+
+// Adds bias to the tile's results [kTileM, kColumns], which lie kStride floats apart in shared memory, and stores them or,
+// if asked to, adds them to what out holds. The first is that of row first_row and column first_column of out.
+template <int kTileM, int kColumns, int kStride, int kThreads, typename Add = LoadAndStore, typename out_t,
+          typename scalar_t>
 __device__ __forceinline__ void store_tile(out_t* out,             // [num_rows, num_columns]
                                            const float* staged,
                                            const scalar_t* bias,  // [num_columns], or null
@@ -42,29 +52,28 @@ __device__ __forceinline__ void store_tile(out_t* out,             // [num_rows,
     const int row = i / (kColumns / kVec);
     const int column = i % (kColumns / kVec) * kVec;
     const int count = first_row + row < num_rows ? min(kVec, num_columns - first_column - column) : 0;
-    const float* results = staged + row * kStride + column;
     out_t* place = out + (long long)(first_row + row) * num_columns + first_column + column;
-    Vec<out_t> result = {};  // first what is added to
-    if (accumulate && whole_vectors && count == kVec) {
-      result = load_vec(place);
-    } else if (accumulate) {
-#pragma unroll
-      for (int e = 0; e < kVec; ++e)
-        if (e < count) result.data[e] = place[e];
-    }
+    float values[kVec];
 #pragma unroll
     for (int e = 0; e < kVec; ++e) {
-      float value = results[e];
-      if (bias != nullptr && e < count) value += to_float(bias[first_column + column + e]);
-      if (accumulate) value += to_float(result.data[e]);
-      result.data[e] = from_float<out_t>(value);
+      values[e] = staged[row * kStride + column + e];
+      if (bias != nullptr && e < count) values[e] += to_float(bias[first_column + column + e]);
     }
     if (whole_vectors && count == kVec) {
+      if constexpr (sizeof(out_t) == sizeof(float)) {
+        if (accumulate) {
+          Add{}(place, values);
+          continue;
+        }
+      }
+      Vec<out_t> result;
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) result.data[e] = from_float<out_t>(values[e]);
       store_vec(place, result);
     } else {
 #pragma unroll
       for (int e = 0; e < kVec; ++e)
-        if (e < count) place[e] = result.data[e];
+        if (e < count) place[e] = from_float<out_t>(accumulate ? to_float(place[e]) + values[e] : values[e]);
     }
   }
 }

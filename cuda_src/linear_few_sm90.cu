@@ -26,9 +26,14 @@
 #include "common.cuh"
 #include "linear_epilogue.cuh"
 #include "ptx_sm90.cuh"
+#include "ring.cuh"
 
 constexpr int kTileK = 64;        // columns of k in a step: 128 bytes a row
 constexpr int kMaxStaged = 2048;  // results that are staged at once beside the ring
+
+struct Reduce {  // in L2: at the end of a tile everybody would wait for what out holds
+  __device__ __forceinline__ void operator()(float* place, const float (&values)[4]) const { reduce_add(place, values); }
+};
 
 // Grid: thread blocks of 4 * kGroups + 1 warps: any number; with splits a cluster of kSplits for each tile of
 //       64 * kGroups rows of weight.
@@ -83,20 +88,26 @@ linear_few_sm90(out_t* __restrict__ out,                       // [m, n], with k
 
   const int num_tiles = ceil_div(n, kRows);
   const int first_tile = blockIdx.x / kSplits, tile_stride = gridDim.x / kSplits;
-  const int all_tiles_steps = ceil_div(num_tiles - first_tile, tile_stride) * num_steps;  // of this thread block
-
-  auto copy_weight = [&](int step) {  // the first of a stage's two copies
-    const int stage = step % kStages;
-    const int tile = first_tile + step / num_steps * tile_stride;
-    mbarrier_arrive_expect_tx(full + stage, kStageElements * sizeof(scalar_t));
-    tensor_copy_once(ring + stage * kStageElements, weight_map, (first_step + step % num_steps) * kTileK, tile * kRows,
-                     full + stage);
+  // A walk over the steps of this thread block's tiles.
+  struct Walk {
+    RingPlace<kStages> place;
+    int tile, step = 0;
   };
-  auto copy_x = [&](int step) {
-    const int stage = step % kStages;
-    tensor_copy(ring + stage * kStageElements + kWeightElements, x_map, (first_step + step % num_steps) * kTileK, 0,
-                full + stage);
+  auto advance = [&](Walk& walk) {
+    walk.place.advance();
+    if (++walk.step == num_steps) walk.step = 0, walk.tile += tile_stride;
   };
+  auto copy_weight = [&](const Walk& walk) {  // the first of a stage's two copies
+    unsigned long long* barrier = full + walk.place.stage;
+    mbarrier_arrive_expect_tx(barrier, kStageElements * sizeof(scalar_t));
+    tensor_copy_once(ring + walk.place.stage * kStageElements, weight_map, (first_step + walk.step) * kTileK,
+                     walk.tile * kRows, barrier);
+  };
+  auto copy_x = [&](const Walk& walk) {
+    tensor_copy(ring + walk.place.stage * kStageElements + kWeightElements, x_map, (first_step + walk.step) * kTileK, 0,
+                full + walk.place.stage);
+  };
+  Walk fetch = {{}, first_tile};  // of the warp that fetches
   if (warp == kWarps && lane == 0) {
     tensor_prefetch(x_map);
     for (int stage = 0; stage < kStages; ++stage) {
@@ -105,7 +116,7 @@ linear_few_sm90(out_t* __restrict__ out,                       // [m, n], with k
     }
     if (kSplits > 1) mbarrier_init(arrived, 1);
     mbarrier_init_fence();
-    for (int step = 0; step < min(all_tiles_steps, kStages); ++step) copy_weight(step);
+    for (int i = 0; i < kStages && fetch.tile < num_tiles; ++i, advance(fetch)) copy_weight(fetch);
     if (kSplits > 1) mbarrier_arrive_expect_tx(arrived, num_splits * kUnits * ceil_div(m, 8) * kWarpSize * 16);
   }
   __syncthreads();
@@ -115,11 +126,12 @@ linear_few_sm90(out_t* __restrict__ out,                       // [m, n], with k
 
   if (warp == kWarps) {
     if (lane == 0) {
-      for (int step = 0; step < min(all_tiles_steps, kStages); ++step) copy_x(step);
-      for (int step = kStages; step < all_tiles_steps; ++step) {
-        mbarrier_wait(empty + step % kStages, (step / kStages - 1) % 2);
-        copy_weight(step);
-        copy_x(step);
+      Walk first = {{}, first_tile};
+      for (int i = 0; i < kStages && first.tile < num_tiles; ++i, advance(first)) copy_x(first);
+      for (; fetch.tile < num_tiles; advance(fetch)) {
+        mbarrier_wait(empty + fetch.place.stage, fetch.place.parity ^ 1);
+        copy_weight(fetch);
+        copy_x(fetch);
       }
     }
     __syncwarp();
@@ -128,23 +140,29 @@ linear_few_sm90(out_t* __restrict__ out,                       // [m, n], with k
   }
 
   const bool gated = gates<out_t>(epilogue);
-  int step = 0;  // of those of all tiles
+  RingPlace<kStages> place;
   for (int tile = first_tile; tile < num_tiles; tile += tile_stride) {
     float sum[4 * kVecs] = {};
-    for (int i = 0; i < num_steps; ++i, ++step) {
-      const int stage = step % kStages;
-      mbarrier_wait(full + stage, step / kStages % 2);
-      const scalar_t* weights = ring + stage * kStageElements;
+    int multiplied = place.stage;  // the stage before
+    auto release = [&]() {
+      if (lane == 0) mbarrier_arrive(empty + multiplied);
+    };
+    for (int i = 0; i < num_steps; ++i, place.advance()) {
+      mbarrier_wait(full + place.stage, place.parity);
+      const scalar_t* weights = ring + place.stage * kStageElements;
       const unsigned long long rows = wgmma_descriptor(weights + warp / 4 * 64 * kTileK);
       const unsigned long long tokens = wgmma_descriptor(weights + kWeightElements);
       wgmma_fence();
 #pragma unroll
       for (int part = 0; part < kTileK / 16; ++part) wgmma_ss<scalar_t>(sum, rows + 2 * part, tokens + 2 * part);
       wgmma_commit_group();
-      wgmma_wait_group<0>();  // at once: a stage that is not released is not on its way
-      if (lane == 0) mbarrier_arrive(empty + stage);
+      wgmma_wait_group<1>();
+      if (i > 0) release();
+      multiplied = place.stage;
     }
+    wgmma_wait_group<0>();
     wgmma_hold(sum);
+    release();
 
     auto part_place = [&](int from, int unit, int vec) {
       return parts + (((from * kUnits + unit) * kVecs + vec) * kWarpSize + lane) * 4;
@@ -201,8 +219,8 @@ linear_few_sm90(out_t* __restrict__ out,                       // [m, n], with k
         store_tile<kStagedTokens, kOwnRows / 2, kStagedRow, kThreads>(out, staged, bias, threadIdx.x, first_token, m,
                                                                       first_output / 2, n / 2, false);
       else
-        store_tile<kStagedTokens, kOwnRows, kStagedRow, kThreads>(out, staged, bias, threadIdx.x, first_token, m,
-                                                                  first_output, n, accumulates<out_t>(epilogue));
+        store_tile<kStagedTokens, kOwnRows, kStagedRow, kThreads, Reduce>(
+            out, staged, bias, threadIdx.x, first_token, m, first_output, n, accumulates<out_t>(epilogue));
     }
   }
 }

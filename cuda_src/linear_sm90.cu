@@ -22,6 +22,7 @@
 #include "linear_epilogue.cuh"
 #include "linear_tile.cuh"
 #include "ptx_sm90.cuh"
+#include "ring.cuh"
 
 constexpr int kTileM = 128;
 constexpr int kGroup = 128;             // threads of a warpgroup
@@ -34,16 +35,6 @@ constexpr int kStagedVecs = 16;         // vectors in a row of results on its wa
 __device__ __forceinline__ unsigned long long moved(unsigned long long descriptor, int by) {
   return descriptor & 0xffffffff00000000ull | unsigned(descriptor) + unsigned(by);
 }
-
-// Where a walk through the ring stands: the stage, and the parity of its phase.
-template <int kStages>
-struct RingPlace {
-  int stage = 0, parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-};
 
 // Where vector v of row r lies among a warp's rows of results: lanes that write pairs of eight rows meet every bank once.
 template <typename out_t>

@@ -12,13 +12,11 @@
 //           swizzle. That works because the order of a sum's terms is free: lane t of four copies columns 8t .. 8t+7 of
 //           each 32 for every row, of x and of weight alike, and the mma is told that those are its columns 2t, 2t+1,
 //           2t+8, 2t+9, twice.
-// Norm:     a warp asks for all its x of 8 tokens at once and sums the squares. When the other warps' sums are there,
-//           it norms and rounds x as rms_norm.cu does: to the order of the sum of squares, what is multiplied is the
-//           same. From then on x stays in registers, which is what bounds k. In float32 they hold 8 tokens: of 16, the
-//           first 8 are read again. The norm's weight is asked for before the wait for the kernel before, as it may
-//           have to come from DRAM. Each thread block norms anew, out of L2. A scale that is applied to the sums at the
-//           end would save these waits, but x without it rounds otherwise, and a row's result would tell how many rows
-//           the step has.
+// Norm:     of at most 8 tokens. A warp asks for all its x at once and sums the squares. When the other warps' sums are
+//           there, it norms and rounds x as rms_norm.cu does: to the order of the sum of squares, what is multiplied is
+//           the same. From then on x stays in registers, which is what bounds k; more tokens had to be read twice, which
+//           took longer than a launch. The norm's weight is asked for before the wait for the kernel before, as it may
+//           have to come from DRAM. Each thread block norms anew, out of L2.
 // Numerics: products summed in float32 along each warp's chunks in the order of k, then the 8 sums in the order of the
 //           warps, then the bias, then what is added to; silu in float32, of such sums; one rounding, at the store. An
 //           element's value depends on its row of x, its rows of weight, its bias, what is added to and on k alone: not
@@ -51,7 +49,7 @@ template <typename scalar_t,  // storage type of x, weight and bias
           int kRowTiles,      // mma tiles of 16 rows of weight in a thread block
           int kTokenTiles,    // mma tiles of 8 tokens
           int kStages>        // chunks that a warp has on their way
-__global__ void __launch_bounds__(kNumThreads, sizeof(x_t) == sizeof(float) ? 2 : 1)  // normed: 128 registers
+__global__ void __launch_bounds__(kNumThreads)
 linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [m, n / 2]
              const x_t* __restrict__ x,            // [m, k]
              const scalar_t* __restrict__ weight,  // [n, k]
@@ -86,6 +84,7 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
   const scalar_t* weight_source = weight + (long long)row * k + column;
   const x_t* x_source = x + (long long)token * k + column;
   const long long stride = 8LL * k;  // from 8 rows to the next 8
+  const unsigned long long evict_first = evict_first_policy();
   // Start copying this lane's part of the chunk that begins `first` columns after the warp's first one.
   auto copy_weight = [&](int stage, int first) {
 #pragma unroll
@@ -94,8 +93,8 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
       Vec<scalar_t>* place = ring + (stage * kPieces + piece) * kPieceVecs * kWarpSize;
 #pragma unroll
       for (int i = 0; i < 2 * kRowTiles; ++i)
-        cp_async_16(place + i * kWarpSize, weight_source + i * stride + offset,
-                    column + offset < k && row + 8 * i < n);
+        cp_async_16_evict_first(place + i * kWarpSize, weight_source + i * stride + offset, evict_first,
+                                column + offset < k && row + 8 * i < n);
     }
   };
   auto copy_x = [&](int stage, int first) {
@@ -120,12 +119,13 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
     cp_async_16(warp_norm + lane, norm + norm_column, norm_column < k);
     cp_async_commit_group();
   }
+  static_assert(!kNormed || kTokenTiles == 1, "registers hold what is normed of 8 tokens");
   // No kernel writes weight: its first chunks are on their way while the kernel before this one ends. They belong to the
   // first group, so that a group a chunk is counted below.
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) copy_weight(stage, stage * kTurn);
-  griddepcontrol_wait();
   griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
   // Where output `index` of the thread block's kTokens * kRows goes; null if there is none.
   auto output = [&](int index) -> out_t* {
     const int out_token = index / kRows, out_row = first_row + index % kRows;
@@ -139,56 +139,45 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
     if (accumulates<out_t>(epilogue) && place != nullptr) held[i] = to_float(*place);
   }
 
-  Vec<unsigned> normed[kMaxChunks][kPieces][kTokenTiles];  // what the warp multiplies of x that is normed, in pairs
+  Vec<unsigned> normed[kMaxChunks][kPieces];  // what the warp multiplies of x that is normed, in pairs
   if constexpr (kNormed) {
     float* squares = reinterpret_cast<float*>(block_norm + kWarps * kWarpSize);
-    Float8 rows[kMaxChunks][kPieces];  // of a token tile
-    auto load_rows = [&](int t) {
+    Float8 values[kMaxChunks][kPieces];
 #pragma unroll
-      for (int first = 0; first < kMaxNormed && warp * kChunk + first < k; first += kTurn)
+    for (int first = 0; first < kMaxNormed && warp * kChunk + first < k; first += kTurn)
 #pragma unroll
-        for (int piece = 0; piece < kPieces; ++piece) {
-          Float8& values = rows[first / kTurn][piece];
-          values = {};
-          if (column + first + piece * kPiece < k && token + 8 * t < m)
-            values = load_float8(x_source + t * stride + first + piece * kPiece);
-        }
-    };
+      for (int piece = 0; piece < kPieces; ++piece) {
+        values[first / kTurn][piece] = {};
+        if (column + first + piece * kPiece < k && token < m)
+          values[first / kTurn][piece] = load_float8(x_source + first + piece * kPiece);
+      }
+    float square = 0.f;
 #pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t) {
-      load_rows(t);
-      float square = 0.f;
+    for (int first = 0; first < kMaxNormed && warp * kChunk + first < k; first += kTurn)
 #pragma unroll
-      for (int first = 0; first < kMaxNormed && warp * kChunk + first < k; first += kTurn)
+      for (int piece = 0; piece < kPieces; ++piece)
 #pragma unroll
-        for (int piece = 0; piece < kPieces; ++piece)
-#pragma unroll
-          for (int e = 0; e < 8; ++e) square += rows[first / kTurn][piece].data[e] * rows[first / kTurn][piece].data[e];
-      square += __shfl_xor_sync(kFullMask, square, 1);
-      square += __shfl_xor_sync(kFullMask, square, 2);
-      if (lane % 4 == 0) squares[warp * kTokens + t * 8 + token] = square;
-    }
+        for (int e = 0; e < 8; ++e) square += values[first / kTurn][piece].data[e] * values[first / kTurn][piece].data[e];
+    square += __shfl_xor_sync(kFullMask, square, 1);
+    square += __shfl_xor_sync(kFullMask, square, 2);
+    if (lane % 4 == 0) squares[warp * kTokens + token] = square;
     cp_async_wait_group<0>();  // the norm's weight: the copies since then are in no group yet
     __syncthreads();
+    square = 0.f;
 #pragma unroll
-    for (int t = kTokenTiles - 1; t >= 0; --t) {
-      if (t < kTokenTiles - 1) load_rows(t);  // the last tile's are still there
-      float square = 0.f;
+    for (int w = 0; w < kWarps; ++w) square += squares[w * kTokens + token];
+    const float scale = rsqrtf(square / k + eps);
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) square += squares[w * kTokens + t * 8 + token];
-      const float scale = rsqrtf(square / k + eps);
+    for (int first = 0; first < kMaxNormed && warp * kChunk + first < k; first += kTurn)
 #pragma unroll
-      for (int first = 0; first < kMaxNormed && warp * kChunk + first < k; first += kTurn)
+      for (int piece = 0; piece < kPieces; ++piece) {
+        const Float8 factors = load_float8(warp_norm[(first / kTurn * kPieces + piece) * 4 + lane % 4].data);
+        Vec<scalar_t> products;
 #pragma unroll
-        for (int piece = 0; piece < kPieces; ++piece) {
-          const Float8 factors = load_float8(warp_norm[(first / kTurn * kPieces + piece) * 4 + lane % 4].data);
-          Vec<scalar_t> products;
-#pragma unroll
-          for (int e = 0; e < 8; ++e)
-            products.data[e] = from_float<scalar_t>(rows[first / kTurn][piece].data[e] * (scale * factors.data[e]));
-          normed[first / kTurn][piece][t] = *reinterpret_cast<const Vec<unsigned>*>(&products);
-        }
-    }
+        for (int e = 0; e < 8; ++e)
+          products.data[e] = from_float<scalar_t>(values[first / kTurn][piece].data[e] * (scale * factors.data[e]));
+        normed[first / kTurn][piece] = *reinterpret_cast<const Vec<unsigned>*>(&products);
+      }
   }
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
@@ -209,9 +198,7 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
 #pragma unroll
       for (int i = 0; i < kPieceVecs; ++i)
         pairs[i] = load_vec(reinterpret_cast<const unsigned*>(place + i * kWarpSize));
-      if constexpr (kNormed)
-#pragma unroll
-        for (int i = 0; i < kTokenTiles; ++i) pairs[2 * kRowTiles + i] = normed[first / kTurn][piece][i];
+      if constexpr (kNormed) pairs[2 * kRowTiles] = normed[first / kTurn][piece];
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
 #pragma unroll

@@ -313,6 +313,34 @@ __device__ __forceinline__ void put_row(scalar_t* step, int row, scalar_t* block
   __syncwarp();
 }
 
+// What kParts warps have found of a head, merged by a warp: lane l gets columns kColumns * l ..+kColumns-1. Every lane
+// looks at all states: that takes less time than asking each other.
+template <int kParts, int kColumns>
+__device__ __forceinline__ SoftmaxState merge_warps(float (&out)[kColumns], const SoftmaxState* states,
+                                                    const float* outs, int out_stride) {
+  struct alignas(4 * kColumns) Columns {
+    float data[kColumns];
+  };
+  const int lane = threadIdx.x % kWarpSize;
+  SoftmaxState parts[kParts], merged;
+#pragma unroll
+  for (int p = 0; p < kParts; ++p) {
+    parts[p] = states[p];
+    merged.max = fmaxf(merged.max, parts[p].max);
+  }
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) out[i] = 0.f;
+#pragma unroll
+  for (int p = 0; p < kParts; ++p) {
+    const auto part = *reinterpret_cast<const Columns*>(outs + p * out_stride + lane * kColumns);
+    const float factor = ex2_approx_ftz(parts[p].max - merged.base());
+    merged.sum += factor * parts[p].sum;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) out[i] += factor * part.data[i];
+  }
+  return merged;
+}
+
 // Round columns * factor and store them.
 template <typename scalar_t, int kColumns>
 __device__ __forceinline__ void store_columns(scalar_t* out, const float (&columns)[kColumns], float factor) {
@@ -369,39 +397,45 @@ paged_decode_sm90(scalar_t* __restrict__ out,            // [num_seqs, num_heads
   }
   __syncwarp();
 
-  // Lengths, block tables and slabs are written by no kernel, but by copies that all launches wait for.
-  Items items(seq_lens, num_seqs, kv.num_kv_heads * row_tiles, window, max_splits);
-  const bool has_items = items.find(blockIdx.x);
-  const Source source{kv, block_tables, max_blocks, block_shift, row_tiles};
-  Stream stream(ring + warp * kSlots * Stream::kSlotSize, full, source, items);
   const Rope<scalar_t> rope{cos_sin, q_norm, k_norm, rotary_dim, eps};
   const bool ropes = cos_sin != nullptr;
   const int block_size = 1 << block_shift;
+
+  // Lengths, block tables and slabs are written by no kernel, but by copies that all launches wait for.
+  Items items(seq_lens, num_seqs, kv.num_kv_heads * row_tiles, window, max_splits);
+  // Of the item that was found:
+  int begin, end, kv_head, first_head, num_item_heads;
   int newest_key;          // -1 where the item has none, or it needs no rotation
   scalar_t* newest_block;  // its keys
-  auto prepare = [&]() {
+  auto find_item = [&](int index) {
+    if (!items.find(index)) return false;
+    begin = items.splits.begin(items.split), end = items.splits.end(items.split);
+    kv_head = items.head_tile / row_tiles;
+    first_head = kv_head * group + items.head_tile % row_tiles * kHeads;
+    num_item_heads = min(kHeads, (kv_head + 1) * group - first_head);
     newest_key = -1, newest_block = nullptr;
-    if (!ropes) return;
+    if (!ropes) return true;
     const int last_key = items.splits.seq_len - 1;  // -1 in padding, whose result nobody reads
     Rotation::prepare(rotation, rope, max(0, last_key));
-    if (items.split != items.splits.count - 1) return;
-    newest_key = last_key;
-    const int block = block_tables[(long long)items.seq * max_blocks + (last_key >> block_shift)];
-    newest_block = kv.block<scalar_t, kHeadDim>(kv.k_offset, block, items.head_tile / row_tiles, block_size);
+    if (items.split == items.splits.count - 1) {
+      newest_key = last_key;
+      const int block = block_tables[(long long)items.seq * max_blocks + (last_key >> block_shift)];
+      newest_block = kv.block<scalar_t, kHeadDim>(kv.k_offset, block, kv_head, block_size);
+    }
+    return true;
   };
-  if (has_items) prepare();
+
+  int item = blockIdx.x;
+  items.find(item);  // for the stream, too
+  const Source source{kv, block_tables, max_blocks, block_shift, row_tiles};
+  Stream stream(ring + warp * kSlots * Stream::kSlotSize, full, source, items);
+  bool found = find_item(item);
   if (!ropes) griddepcontrol_wait();
   stream.start();
   if (ropes) griddepcontrol_wait();
   griddepcontrol_launch_dependents();
 
-  for (int item = blockIdx.x; items.find(item); item += gridDim.x) {
-    if (item != blockIdx.x) prepare();
-    const int begin = items.splits.begin(items.split), end = items.splits.end(items.split);
-    const int kv_head = items.head_tile / row_tiles;
-    const int first_head = kv_head * group + items.head_tile % row_tiles * kHeads;
-    const int num_item_heads = min(kHeads, (kv_head + 1) * group - first_head);
-
+  for (; found; found = find_item(item += gridDim.x)) {
     KeyAttention<scalar_t, kHeadDim, kKeyTiles, kHeadTiles> attention;
     const scalar_t* heads = qkv + (long long)items.seq * (num_heads + 2 * kv.num_kv_heads) * kHeadDim;
     if (ropes) {
@@ -467,7 +501,7 @@ paged_decode_sm90(scalar_t* __restrict__ out,            // [num_seqs, num_heads
       if (head >= num_item_heads) continue;
       float columns[kColumns];
       const SoftmaxState state =
-          merge_row<kWarps>(columns, part_states + warp * kWarps, part_outs + warp * kPartsSize, kHeadDim, kWarps);
+          merge_warps<kWarps>(columns, part_states + warp * kWarps, part_outs + warp * kPartsSize, kHeadDim);
       if (alone) {
         store_columns(out + (first_out + head) * kHeadDim + lane * kColumns, columns, state.inverse_sum());
       } else {

@@ -44,6 +44,21 @@ __device__ __forceinline__ void cp_async_16(void* dst, const void* src, bool val
                : "memory");
 }
 
+// What tells L2 to let data go before all else.
+__device__ __forceinline__ unsigned long long evict_first_policy() {
+  unsigned long long policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0;\n" : "=l"(policy));
+  return policy;
+}
+
+// cp_async_16 of what is read once; policy: evict_first_policy().
+__device__ __forceinline__ void cp_async_16_evict_first(void* dst, const void* src, unsigned long long policy,
+                                                        bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;\n" ::"r"(shared_address(dst)),
+               "l"(src), "r"(valid ? 16 : 0), "l"(policy)
+               : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
 // Wait until at most kPending of this thread's latest groups are still under way. Other threads' copies are visible

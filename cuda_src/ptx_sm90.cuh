@@ -125,6 +125,12 @@ __device__ __forceinline__ void tensor_copy_once(void* dst, const TensorMap& map
                : "memory");
 }
 
+// Add four floats to those at p, a multiple of 16 bytes, without waiting for what is there; each sum is rounded once.
+__device__ __forceinline__ void reduce_add(float* p, const float (&v)[4]) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(p), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
+               : "memory");
+}
+
 // Fetch the description itself, ahead of the first copy.
 __device__ __forceinline__ void tensor_prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");

@@ -33,6 +33,7 @@ from cupaged.kernels.linear_few_sm90 import linear_few_sm90, linear_few_sm90_sil
 from cupaged.kernels.linear_sm90 import linear_sm90, linear_sm90_silu_and_mul
 from cupaged.kernels.linear_small import (
     MAX_NORMED_COLUMNS,
+    MAX_NORMED_ROWS,
     MAX_ROWS,
     linear_small,
     linear_small_silu_and_mul,
@@ -548,12 +549,15 @@ class CudaBackend:
 
     def _norms_within(self, x: Array, weight: Array) -> bool:
         """Whether the kernel for these products is to norm x itself."""
-        return x.shape[1] <= MAX_NORMED_COLUMNS and self._linear_kernels(x, weight) is SMALL
+        num_rows, num_columns = x.shape
+        is_small = num_rows <= MAX_NORMED_ROWS and num_columns <= MAX_NORMED_COLUMNS
+        return is_small and self._linear_kernels(x, weight) is SMALL
 
     def _linear_kernels(self, x: Array, weight: Array) -> LinearKernels:
         """Up to 16 rows, up to 64 and more are summed in three orders (on Hopper, up to 64 in one where the weight is
-        large, and from 17 to 128 where it is small; from there on in others: up to 128, 256 and 512 and above); on GPUs
-        of one kind, a row has the same results, bit for bit, among batches of each."""
+        large, and from 17 to 128 where it is small; from there on in others: up to 128, 256 and 512 and above), and the
+        squares of normed rows in one up to 8 rows and another above; on GPUs of one kind, a row has the same results,
+        bit for bit, among batches of each."""
         num_rows = x.shape[0]
         if self._sm90 and linear_few_is_quickest(num_rows, *weight.shape, device_info()):
             return FEW_SM90

@@ -13,6 +13,8 @@ from cupaged.kernels.device import device_info
 from cupaged.kernels.linear import Epilogue, check_linear
 from cupaged.kernels.tuning import (
     LINEAR_SMALL_NORMED_COLUMNS,
+    LINEAR_SMALL_NORMED_ROWS,
+    LINEAR_SMALL_NORMED_TILES,
     LINEAR_SMALL_ROWS,
     LINEAR_SMALL_TILES,
     LinearSmallTile,
@@ -20,7 +22,8 @@ from cupaged.kernels.tuning import (
 )
 
 MAX_ROWS = LINEAR_SMALL_ROWS  # of x; more are for `linear`
-MAX_NORMED_COLUMNS = LINEAR_SMALL_NORMED_COLUMNS  # of x that is normed; with more, norms are for `rms_norm`
+MAX_NORMED_ROWS = LINEAR_SMALL_NORMED_ROWS  # of x that is normed; of more, norms are for `rms_norm`
+MAX_NORMED_COLUMNS = LINEAR_SMALL_NORMED_COLUMNS  # the same
 NUM_THREADS = 256  # kWarps in linear_small.cu
 
 
@@ -39,7 +42,7 @@ def linear_small_silu_and_mul(out, x, weight, *, tile: LinearSmallTile | None = 
 
 
 def rms_norm_linear_small(out, x, norm, eps: float, weight, bias=None, *, tile: LinearSmallTile | None = None) -> None:
-    """out = rms_norm(x) @ weight^T + bias in one launch: x [m, k] float32, of at most 16 rows and 2,048 columns; norm
+    """out = rms_norm(x) @ weight^T + bias in one launch: x [m, k] float32, of at most 8 rows and 2,048 columns; norm
     [k], weight and bias bfloat16 or float16. rms_norm as in the launcher of that name, rounded to that type before the
     products.
 
@@ -61,8 +64,8 @@ def _launch(
     m, n, k = check_linear(out, x, weight, bias, epilogue, norm)
     check_that(m <= MAX_ROWS, f"x: linear_small takes at most {MAX_ROWS} rows; got {m}, use linear")
     if norm is not None:
-        most = MAX_NORMED_COLUMNS
-        check_that(k <= most, f"x: linear_small norms at most {most} columns; got {k}, use rms_norm")
+        for what, size, most in (("rows", m, MAX_NORMED_ROWS), ("columns", k, MAX_NORMED_COLUMNS)):
+            check_that(size <= most, f"x: linear_small norms at most {most} {what}; got {size}, use rms_norm")
     if m == 0 or n == 0:
         return
     tile = tile or linear_small_tile(m, n, device_info())
@@ -78,8 +81,8 @@ def instantiations() -> Iterator[tuple[str, str]]:
     """Every (file, name) that is loaded here."""
     for dtype in HALF_TYPES:
         for out_dtype in (dtype, FLOAT32):
-            for x_dtype in (dtype, FLOAT32):
-                for tile in LINEAR_SMALL_TILES:
+            for x_dtype, tiles in ((dtype, LINEAR_SMALL_TILES), (FLOAT32, LINEAR_SMALL_NORMED_TILES)):
+                for tile in tiles:
                     yield "linear_small.cu", _name(dtype, out_dtype, x_dtype, tile)
 
 

@@ -141,11 +141,13 @@ class LinearSmallTile:
     def normed_shared_bytes(self) -> int:
         """Where x is normed: of the rows alone; the norm's weight; the warps' sums of squares for each token."""
         ring = 8 * self.stages * 16 * self.row_tiles * 128
-        return ring + 2 * LINEAR_SMALL_NORMED_COLUMNS + 8 * 8 * self.token_tiles * 4
+        return ring + 2 * LINEAR_SMALL_NORMED_COLUMNS + 8 * 8 * 4
 
 
 LINEAR_SMALL_ROWS = 16  # of x, at most
-LINEAR_SMALL_NORMED_COLUMNS = 2048  # of x, at most, where it is normed: registers hold no more; twin in linear_small.cu
+# Of x, at most, where it is normed: registers hold no more. Twins in linear_small.cu.
+LINEAR_SMALL_NORMED_ROWS = 8
+LINEAR_SMALL_NORMED_COLUMNS = 2048
 
 # At most 96 KB each, so that an H100 has two thread blocks an SM and every GPU from sm_80 on has one.
 LINEAR_SMALL_TILES = (
@@ -154,6 +156,7 @@ LINEAR_SMALL_TILES = (
     LinearSmallTile(row_tiles=2, token_tiles=1, stages=2),
     LinearSmallTile(row_tiles=2, token_tiles=2, stages=2),
 )
+LINEAR_SMALL_NORMED_TILES = tuple(tile for tile in LINEAR_SMALL_TILES if tile.token_tiles == 1)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -555,8 +555,8 @@ MUTATIONS = (
     ),
     Mutation(
         HOPPER, "paged_decode_sm90.cu", "each split takes its last key for the newest",
-        "if (items.split != items.splits.count - 1) return;",
-        "if (items.splits.count == 0) return;",
+        "if (items.split == items.splits.count - 1) {",
+        "if (items.splits.count > 0) {",
         DECODE,
     ),
     Mutation(

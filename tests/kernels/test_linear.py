@@ -27,6 +27,7 @@ from cupaged.kernels.device import DeviceInfo, set_device_info
 from cupaged.kernels.linear import COUNTERS_SIZE, linear, linear_silu_and_mul, linear_workspace_size
 from cupaged.kernels.linear_small import (
     MAX_NORMED_COLUMNS,
+    MAX_NORMED_ROWS,
     MAX_ROWS,
     linear_small,
     linear_small_silu_and_mul,
@@ -34,6 +35,7 @@ from cupaged.kernels.linear_small import (
     rms_norm_linear_small_silu_and_mul,
 )
 from cupaged.kernels.tuning import (
+    LINEAR_SMALL_NORMED_TILES,
     LINEAR_SMALL_TILES,
     LINEAR_TILES,
     SPLIT_ROWS,
@@ -138,21 +140,19 @@ def run_normed(runner, rows, norm, weight, bias, out_dtype, tile) -> np.ndarray:
 @pytest.mark.parametrize(
     ("m", "n", "k", "with_bias", "tile", "dtype", "out_dtype"),
     [
-        pytest.param(m, n, k, with_bias, tile, dtype, out_dtype, id=f"{tile_id(tile)}-{m}x{n}x{k}")
-        for tile, (dtype, out_dtype) in zip(
-            LINEAR_SMALL_TILES,
-            [(BFLOAT16, FLOAT32), (FLOAT16, FLOAT16), (FLOAT16, FLOAT32), (BFLOAT16, BFLOAT16)],
-            strict=True,
-        )
+        pytest.param(m, n, k, with_bias, tile, dtype, out_dtype, id=f"{tile_id(tile)}-{dtype}-{out_dtype}-{m}x{n}x{k}")
+        for tile in LINEAR_SMALL_NORMED_TILES
+        for dtype in HALF_TYPES
+        for out_dtype in (dtype, FLOAT32)
         for m, n, k, with_bias in (
             (1, 40, 8, True),
-            (8 * tile.token_tiles - 4, 20, 64, True),
-            (8 * tile.token_tiles, 16 * tile.row_tiles, 512, False),
-            (8 * tile.token_tiles - 1, 16 * tile.row_tiles + 1, 576, True),
-            (8 * tile.token_tiles, 16 * tile.row_tiles, 1024, False),
-            (8 * tile.token_tiles - 2, 16 * tile.row_tiles, 1032, True),
-            (8 * tile.token_tiles - 7, 48 * tile.row_tiles - 1, MAX_NORMED_COLUMNS - 24, False),
-            (8 * tile.token_tiles, 16 * tile.row_tiles + 1, MAX_NORMED_COLUMNS, True),
+            (4, 20, 64, True),
+            (8, 16 * tile.row_tiles, 512, False),
+            (7, 16 * tile.row_tiles + 1, 576, True),
+            (8, 16 * tile.row_tiles, 1024, False),
+            (6, 16 * tile.row_tiles, 1032, True),
+            (1, 48 * tile.row_tiles - 1, MAX_NORMED_COLUMNS - 24, False),
+            (8, 16 * tile.row_tiles + 1, MAX_NORMED_COLUMNS, True),
         )
     ],
 )
@@ -163,9 +163,9 @@ def test_products_of_normed_rows_match_the_formula(runner, rng, m, n, k, with_bi
     assert_matches_formula(out, normed, weight, bias)
 
 
-@pytest.mark.parametrize("tile", LINEAR_SMALL_TILES, ids=tile_id)
+@pytest.mark.parametrize("tile", LINEAR_SMALL_NORMED_TILES, ids=tile_id)
 def test_silu_and_mul_of_normed_rows_match_the_formula(runner, rng, tile):
-    m, n, k = 8 * tile.token_tiles - 1, 8 * tile.row_tiles + 8, 576
+    m, n, k = 7, 8 * tile.row_tiles + 8, 576
     _, gate, up = gate_and_up(rng, m, n, k, BFLOAT16)
     rows, norm, normed = norm_operands(rng, m, k, BFLOAT16)
     norm = guarded(runner, norm)[0]
@@ -179,14 +179,13 @@ def test_silu_and_mul_of_normed_rows_match_the_formula(runner, rng, tile):
 
 @pytest.mark.parametrize("k", [520, 1160, MAX_NORMED_COLUMNS])
 def test_normed_rows_give_the_same_bits_in_every_tile_and_batch(runner, rng, k):
-    _, weight, bias = operands(rng, 16, 50, k, BFLOAT16, True)
-    rows, norm, _ = norm_operands(rng, 16, k, BFLOAT16)
-    together = run_normed(runner, rows, norm, weight, bias, BFLOAT16, LINEAR_SMALL_TILES[3])
-    for tile in LINEAR_SMALL_TILES:
-        for some in (slice(1), slice(15, 16), slice(5, 12), slice(8), slice(9), slice(None)):
-            if len(rows[some]) <= 8 * tile.token_tiles:
-                alone = run_normed(runner, rows[some], norm, weight, bias, BFLOAT16, tile)
-                assert np.array_equal(alone, together[some])
+    _, weight, bias = operands(rng, 8, 50, k, BFLOAT16, True)
+    rows, norm, _ = norm_operands(rng, 8, k, BFLOAT16)
+    together = run_normed(runner, rows, norm, weight, bias, BFLOAT16, LINEAR_SMALL_NORMED_TILES[1])
+    for tile in LINEAR_SMALL_NORMED_TILES:
+        for some in (slice(1), slice(7, 8), slice(2, 7), slice(None)):
+            alone = run_normed(runner, rows[some], norm, weight, bias, BFLOAT16, tile)
+            assert np.array_equal(alone, together[some])
 
 
 def test_a_nan_among_normed_rows_stays_in_its_row(runner, rng):
@@ -209,6 +208,8 @@ def test_bad_operands_of_normed_products_are_named():
         rms_norm_linear_small(out, x, norm[:8], EPS, weight)
     with pytest.raises(ValueError, match=r"out: expected shape \(4, 4\)"):
         rms_norm_linear_small_silu_and_mul(out, x, norm, EPS, weight)
+    with pytest.raises(ValueError, match="x: linear_small norms at most 8 rows; got 9, use rms_norm"):
+        rms_norm_linear_small(np.zeros((9, 8), BFLOAT16), np.zeros((9, 16), FLOAT32), norm, EPS, weight)
     x, weight, norm = np.zeros((4, 2056), FLOAT32), np.zeros((8, 2056), BFLOAT16), np.zeros(2056, BFLOAT16)
     with pytest.raises(ValueError, match="x: linear_small norms at most 2048 columns; got 2056, use rms_norm"):
         rms_norm_linear_small(out, x, norm, EPS, weight)
@@ -590,7 +591,8 @@ def test_chosen_tiles_fit_the_device_and_are_shipped(device):
             assert tile.token_tiles == ceil_div(m, 8)
             sizes = f"{tile.row_tiles}, {tile.token_tiles}, {tile.stages}"
             assert f"linear_small<__half, __half, __half, {sizes}>" in small_names
-            assert f"linear_small<__nv_bfloat16, __nv_bfloat16, float, {sizes}>" in small_names
+            if m <= MAX_NORMED_ROWS:
+                assert f"linear_small<__nv_bfloat16, __nv_bfloat16, float, {sizes}>" in small_names
 
 
 @DEVICES

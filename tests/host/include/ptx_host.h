@@ -14,6 +14,10 @@ inline float ex2_approx_ftz(float x) {
 
 // A copy lands when a wait asks for it and no earlier; until then its destination holds NaNs.
 inline void cp_async_16(void* dst, const void* src, bool valid = true) { host::cp_async_16(dst, src, valid); }
+inline unsigned long long evict_first_policy() { return 0; }
+inline void cp_async_16_evict_first(void* dst, const void* src, unsigned long long, bool valid) {
+  host::cp_async_16(dst, src, valid);
+}
 inline void cp_async_commit_group() { host::cp_async_commit_group(); }
 template <int kPending>
 inline void cp_async_wait_group() {
