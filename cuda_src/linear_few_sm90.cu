@@ -4,7 +4,7 @@
 //   out = y,   out += y   or   out[i, j] = silu(y[i, 2j]) * y[i, 2j + 1]
 //
 // Tiling:   weight is the wide operand of the tensor cores: a warpgroup multiplies 64 rows of it by kTokens tokens, so
-//           tokens are padded to 8, 16, 32, 64 or 128 and no further. A tile is 64 * kGroups outputs for all tokens. As
+//           tokens are padded to 8, 16, 32, 64 or 128 and no further. A tile is 64 outputs for all tokens. As
 //           many thread blocks as have room on the GPU at once share the tiles out, and compute one after the other.
 // Splits:   where there are too few tiles for all SMs, kSplits thread blocks, a cluster, share a tile's k at places
 //           that depend on k and kSplits alone. Each sends its sums from registers into the shared memory of the one
@@ -20,46 +20,44 @@
 // Numerics: every element is one chain of wgmma's sums a split, in float32 and in the order of k, then the sum of the
 //           splits in their order, then the bias, then what is added to; silu in float32, of such sums; one rounding,
 //           at the store. The value depends on its row of x, its rows of weight, its bias, what is added to and kSplits
-//           alone: not on m, n, kTokens, kGroups or its place in the tile.
+//           alone: not on m, n, kTokens or its place in the tile.
 // Bound:    n * k * 2 bytes of weight from DRAM, to some 32 tokens; then what L2 gives, 6.5 TB/s on an H200: beside its
-//           weight a tile draws kTokens / (64 * kGroups) times as many bytes of x. Measured: docs/performance.md.
+//           weight a tile draws kTokens / 64 times as many bytes of x. Measured: docs/performance.md.
 #include "common.cuh"
 #include "linear_epilogue.cuh"
 #include "ptx_sm90.cuh"
 #include "ring.cuh"
 
+constexpr int kRows = 64;         // of weight in a tile
 constexpr int kTileK = 64;        // columns of k in a step: 128 bytes a row
-constexpr int kMaxStaged = 2048;  // results that are staged at once beside the ring
+constexpr int kWarps = 4;         // that multiply: 16 rows of results each
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kMaxStaged = 32;    // tokens whose results are staged at once beside the ring
 
 struct Reduce {  // in L2: at the end of a tile everybody would wait for what out holds
   __device__ __forceinline__ void operator()(float* place, const float (&values)[4]) const { reduce_add(place, values); }
 };
 
-// Grid: thread blocks of 4 * kGroups + 1 warps: any number; with splits a cluster of kSplits for each tile of
-//       64 * kGroups rows of weight.
+// Grid: thread blocks of 5 warps: any number; with splits a cluster of kSplits for each tile.
 // PRECOND: m <= kTokens, k % 8 == 0, and x, weight and out start at multiples of 16 bytes.
 template <typename scalar_t,  // storage type of x, weight and bias
           typename out_t,     // of out: scalar_t or float
           int kTokens,        // rows of x that are multiplied
-          int kGroups,        // warpgroups that multiply, 64 rows of weight each
           int kStages,        // steps that are on their way
           int kSplits>        // thread blocks that share k: 1, 2 or 4
-__global__ void __cluster_dims__(kSplits, 1, 1) __launch_bounds__((4 * kGroups + 1) * kWarpSize)
+__global__ void __cluster_dims__(kSplits, 1, 1) __launch_bounds__((kWarps + 1) * kWarpSize)
 linear_few_sm90(out_t* __restrict__ out,                       // [m, n], with kSiluAndMul [m, n / 2]
                 const __grid_constant__ TensorMap x_map,       // of [m, k], boxes of kTokens rows
-                const __grid_constant__ TensorMap weight_map,  // of [n, k], boxes of 64 * kGroups rows
+                const __grid_constant__ TensorMap weight_map,  // of [n, k], boxes of kRows rows
                 const scalar_t* __restrict__ bias,             // [n], or null; null with kSiluAndMul
                 int m, int n, int k,
                 int epilogue) {  // an Epilogue
-  constexpr int kRows = 64 * kGroups;
-  constexpr int kWarps = 4 * kGroups;  // that multiply: 16 rows of results each
-  constexpr int kThreads = kWarps * kWarpSize;
   constexpr int kWeightElements = kRows * kTileK;
   constexpr int kStageElements = kWeightElements + kTokens * kTileK;
   constexpr int kVecs = kTokens / 8;            // a thread's sums in vectors of 4: of its warp's 16 rows by 8 tokens
   constexpr int kOwnRows = kRows / kSplits;     // that this thread block stores
   constexpr int kUnits = kWarps / kSplits;      // of 16 rows, that these are
-  constexpr int kStagedTokens = kSplits > 1 || kTokens * kRows <= kMaxStaged ? kTokens : kMaxStaged / kRows;  // at once
+  constexpr int kStagedTokens = kSplits > 1 || kTokens <= kMaxStaged ? kTokens : kMaxStaged;  // at once
   constexpr int kSharers = kSplits < kVecs ? kSplits : kVecs;  // warps that share a unit's tokens when it is added up
   constexpr int kOwnVecs = kStagedTokens / 8 / kSharers;
   constexpr int kStagedRow = kOwnRows + 4;  // floats; the 4 extra ones keep the lanes' writes free of bank conflicts
@@ -88,6 +86,7 @@ linear_few_sm90(out_t* __restrict__ out,                       // [m, n], with k
 
   const int num_tiles = ceil_div(n, kRows);
   const int first_tile = blockIdx.x / kSplits, tile_stride = gridDim.x / kSplits;
+  const int end_tile = num_steps > 0 ? num_tiles : 0;  // of those to fetch: a split of a short k may have nothing
   // A walk over the steps of this thread block's tiles.
   struct Walk {
     RingPlace<kStages> place;
@@ -116,7 +115,7 @@ linear_few_sm90(out_t* __restrict__ out,                       // [m, n], with k
     }
     if (kSplits > 1) mbarrier_init(arrived, 1);
     mbarrier_init_fence();
-    for (int i = 0; i < kStages && fetch.tile < num_tiles; ++i, advance(fetch)) copy_weight(fetch);
+    for (int i = 0; i < kStages && fetch.tile < end_tile; ++i, advance(fetch)) copy_weight(fetch);
     if (kSplits > 1) mbarrier_arrive_expect_tx(arrived, num_splits * kUnits * ceil_div(m, 8) * kWarpSize * 16);
   }
   __syncthreads();
@@ -127,8 +126,8 @@ linear_few_sm90(out_t* __restrict__ out,                       // [m, n], with k
   if (warp == kWarps) {
     if (lane == 0) {
       Walk first = {{}, first_tile};
-      for (int i = 0; i < kStages && first.tile < num_tiles; ++i, advance(first)) copy_x(first);
-      for (; fetch.tile < num_tiles; advance(fetch)) {
+      for (int i = 0; i < kStages && first.tile < end_tile; ++i, advance(first)) copy_x(first);
+      for (; fetch.tile < end_tile; advance(fetch)) {
         mbarrier_wait(empty + fetch.place.stage, fetch.place.parity ^ 1);
         copy_weight(fetch);
         copy_x(fetch);
@@ -150,7 +149,7 @@ linear_few_sm90(out_t* __restrict__ out,                       // [m, n], with k
     for (int i = 0; i < num_steps; ++i, place.advance()) {
       mbarrier_wait(full + place.stage, place.parity);
       const scalar_t* weights = ring + place.stage * kStageElements;
-      const unsigned long long rows = wgmma_descriptor(weights + warp / 4 * 64 * kTileK);
+      const unsigned long long rows = wgmma_descriptor(weights);
       const unsigned long long tokens = wgmma_descriptor(weights + kWeightElements);
       wgmma_fence();
 #pragma unroll
@@ -162,7 +161,7 @@ linear_few_sm90(out_t* __restrict__ out,                       // [m, n], with k
     }
     wgmma_wait_group<0>();
     wgmma_hold(sum);
-    release();
+    if (num_steps > 0) release();
 
     auto part_place = [&](int from, int unit, int vec) {
       return parts + (((from * kUnits + unit) * kVecs + vec) * kWarpSize + lane) * 4;

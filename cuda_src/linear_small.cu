@@ -87,6 +87,7 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
   const unsigned long long evict_first = evict_first_policy();
   // Start copying this lane's part of the chunk that begins `first` columns after the warp's first one.
   auto copy_weight = [&](int stage, int first) {
+    if (warp * kChunk + first >= k) return;
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
       const int offset = first + piece * kPiece;
@@ -98,7 +99,7 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
     }
   };
   auto copy_x = [&](int stage, int first) {
-    if constexpr (kNormed) return;
+    if (kNormed || warp * kChunk + first >= k) return;
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
       const int offset = first + piece * kPiece;
@@ -124,21 +125,11 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
   // first group, so that a group a chunk is counted below.
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) copy_weight(stage, stage * kTurn);
-  griddepcontrol_launch_dependents();
+  // What is all in the rings leaves DRAM to the next kernel; else that one had better come later.
+  const bool streams = k > kStages * kTurn;
+  if (!streams) griddepcontrol_launch_dependents();
   griddepcontrol_wait();
-  // Where output `index` of the thread block's kTokens * kRows goes; null if there is none.
-  auto output = [&](int index) -> out_t* {
-    const int out_token = index / kRows, out_row = first_row + index % kRows;
-    return index < kTokens * kRows && out_token < m && out_row < n ? out + (long long)out_token * n + out_row : nullptr;
-  };
-  // What is added to is on its way meanwhile: at the end everybody would wait for it.
-  float held[kOutputs] = {};
-#pragma unroll
-  for (int i = 0; i < kOutputs; ++i) {
-    const out_t* place = output(threadIdx.x + i * kNumThreads);
-    if (accumulates<out_t>(epilogue) && place != nullptr) held[i] = to_float(*place);
-  }
-
+  if (streams) griddepcontrol_launch_dependents();
   Vec<unsigned> normed[kMaxChunks][kPieces];  // what the warp multiplies of x that is normed, in pairs
   if constexpr (kNormed) {
     float* squares = reinterpret_cast<float*>(block_norm + kWarps * kWarpSize);
@@ -183,6 +174,18 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
   for (int stage = 0; stage < kStages; ++stage) {
     copy_x(stage, stage * kTurn);
     cp_async_commit_group();
+  }
+  // Where output `index` of the thread block's kTokens * kRows goes; null if there is none.
+  auto output = [&](int index) -> out_t* {
+    const int out_token = index / kRows, out_row = first_row + index % kRows;
+    return index < kTokens * kRows && out_token < m && out_row < n ? out + (long long)out_token * n + out_row : nullptr;
+  };
+  // What is added to is on its way meanwhile: at the end everybody would wait for it.
+  float held[kOutputs] = {};
+#pragma unroll
+  for (int i = 0; i < kOutputs; ++i) {
+    const out_t* place = output(threadIdx.x + i * kNumThreads);
+    if (accumulates<out_t>(epilogue) && place != nullptr) held[i] = to_float(*place);
   }
 
   float sum[kRowTiles][kTokenTiles][4] = {};

@@ -299,7 +299,8 @@ struct HeadRotation {
 };
 
 // A warp puts the newest key or value [kHeadDim] into row `row` of a step [..][16, kHeadDim] that the copy engine has
-// brought, and into the cache: row `block_row` of the block.
+// brought, and into the cache: row `block_row` of the block. Others see it, and the copy engine may write to the step
+// again, after a fence and a barrier.
 template <int kHeadDim, typename scalar_t>
 __device__ __forceinline__ void put_row(scalar_t* step, int row, scalar_t* block, int block_row, int block_size,
                                         const scalar_t* from) {
@@ -309,8 +310,6 @@ __device__ __forceinline__ void put_row(scalar_t* step, int row, scalar_t* block
     store_vec(step + row / 16 * 16 * kHeadDim + chunk_offset<kHeadDim>(row % 16, chunk, 16), part);
     store_vec(block + chunk_offset<kHeadDim>(block_row, chunk, block_size), part);
   }
-  fence_proxy_async();  // before the copy engine writes to the step again
-  __syncwarp();
 }
 
 // What kParts warps have found of a head, merged by a warp: lane l gets columns kColumns * l ..+kColumns-1. Every lane
@@ -452,16 +451,19 @@ paged_decode_sm90(scalar_t* __restrict__ out,            // [num_seqs, num_heads
       const bool has_newest = newest_key >= first_key && newest_key < first_key + Stream::kKeys;
       scalar_t* keys = stream.next();
       auto put_newest = [&](scalar_t* step, scalar_t* block, const scalar_t* from) {
-        if (has_newest)
-          put_row<kHeadDim>(step, newest_key - first_key, block, newest_key & (block_size - 1), block_size, from);
+        put_row<kHeadDim>(step, newest_key - first_key, block, newest_key & (block_size - 1), block_size, from);
       };
-      put_newest(keys, newest_block, rotation.newest[0]);
+      if (has_newest) {
+        put_newest(keys, newest_block, rotation.newest[0]);
+        fence_proxy_async();
+        __syncwarp();
+      }
       attention.score(keys);
       stream.release_keys();
       if (!whole) attention.mask(first_key, begin, end);
       attention.softmax(scale);
       scalar_t* values = stream.next();
-      put_newest(values, newest_block + (kv.v_offset - kv.k_offset), rotation.newest[1]);
+      if (has_newest) put_newest(values, newest_block + (kv.v_offset - kv.k_offset), rotation.newest[1]);
       if (!whole) {
         // Slots without a key may hold NaN, and NaN times a weight of 0 is NaN.
         auto clear = [&](int first, int last) {  // rows of the step
@@ -473,6 +475,8 @@ paged_decode_sm90(scalar_t* __restrict__ out,            // [num_seqs, num_heads
         };
         clear(0, begin - first_key);
         clear(max(0, end - first_key), Stream::kKeys);
+      }
+      if (has_newest || !whole) {
         fence_proxy_async();  // before the copy engine writes there again
         __syncwarp();
       }

@@ -11,7 +11,15 @@ from cupaged.kernels.compile import NULL, load_kernel
 from cupaged.kernels.device import device_info
 from cupaged.kernels.linear import Epilogue, check_linear
 from cupaged.kernels.tensor_map import tensor_map
-from cupaged.kernels.tuning import LINEAR_FEW_TILES, LinearFewTile, linear_few_max_rows, linear_few_tile
+from cupaged.kernels.tuning import (
+    LINEAR_FEW_ROWS,
+    LINEAR_FEW_TILES,
+    LinearFewTile,
+    linear_few_max_rows,
+    linear_few_tile,
+)
+
+NUM_THREADS = 160  # four warps that multiply, and one that fetches
 
 
 def linear_few_sm90(
@@ -55,13 +63,13 @@ def _launch(out, x, weight, bias, epilogue: Epilogue, tile: LinearFewTile | None
         )
         tile = linear_few_tile(m, n, k, device_info())
     check_that(m <= tile.tokens, f"tile: {tile.tokens} tokens are too few for the {m} rows of x")
-    maps = (tensor_map(x, tile.tokens), tensor_map(weight, tile.rows))
+    maps = (tensor_map(x, tile.tokens), tensor_map(weight, LINEAR_FEW_ROWS))
     args = (out, *maps, NULL if bias is None else bias, np.int32(m), np.int32(n), np.int32(k), np.int32(epilogue))
     kernel = load_kernel("linear_few_sm90.cu", _name(x.dtype, out.dtype, tile))
-    num_tiles = ceil_div(n, tile.rows)
+    num_tiles = ceil_div(n, LINEAR_FEW_ROWS)
     at_once = num_blocks or tile.blocks_at_once(device_info())
     grid = num_tiles * tile.splits if tile.splits > 1 else min(num_tiles, at_once)
-    kernel((grid,), (tile.num_threads,), args, tile.shared_bytes)
+    kernel((grid,), (NUM_THREADS,), args, tile.shared_bytes)
 
 
 def instantiations() -> Iterator[tuple[str, str]]:
@@ -73,5 +81,5 @@ def instantiations() -> Iterator[tuple[str, str]]:
 
 
 def _name(dtype, out_dtype, tile: LinearFewTile) -> str:
-    sizes = f"{tile.tokens}, {tile.groups}, {tile.stages}, {tile.splits}"
+    sizes = f"{tile.tokens}, {tile.stages}, {tile.splits}"
     return f"linear_few_sm90<{C_TYPE[dtype]}, {C_TYPE[out_dtype]}, {sizes}>"

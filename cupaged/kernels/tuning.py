@@ -223,9 +223,9 @@ def linear_sm90_plan(m: int, n: int, k: int, device: DeviceInfo) -> LinearSm90Pl
     return min(plans, key=lambda plan: cost(plan, m))
 
 
-LINEAR_FEW_ROWS = 64  # of weight that a warpgroup of linear_few_sm90.cu multiplies
+LINEAR_FEW_ROWS = 64  # of weight in a tile of linear_few_sm90.cu
 LINEAR_FEW_SPLITS = (1, 2, 4)  # of k, that there are kernels for
-LINEAR_FEW_STAGED = 2048  # kMaxStaged in linear_few_sm90.cu
+LINEAR_FEW_STAGED = 32  # kMaxStaged in linear_few_sm90.cu
 MIN_SPLIT_STEPS = 6  # of 64 columns, that a split has at least: with fewer, merging takes longer than it saves
 MIN_LARGE_WEIGHT = 1 << 24  # elements: linear_small is quicker with less
 
@@ -235,27 +235,16 @@ class LinearFewTile:
     """Template arguments of linear_few_sm90.cu."""
 
     tokens: int  # rows of x
-    groups: int  # warpgroups that multiply
     stages: int  # of 64 columns of weight and x
     splits: int  # thread blocks, a cluster, that share k
-
-    @property
-    def rows(self) -> int:
-        """Of weight."""
-        return LINEAR_FEW_ROWS * self.groups
-
-    @property
-    def num_threads(self) -> int:
-        """Those that multiply, and a warp that fetches."""
-        return 128 * self.groups + 32
 
     @property
     def shared_bytes(self) -> int:
         """The ring at a multiple of 1,024 bytes (it begins at one of 128), what other splits send or, without any, the
         results that are staged at once, the barriers."""
-        ring = self.stages * (self.rows + self.tokens) * LINEAR_TILE_K * 2
-        staged_tokens = min(self.tokens, LINEAR_FEW_STAGED // self.rows)
-        after = self.rows * self.tokens if self.splits > 1 else staged_tokens * (self.rows + 4)  # floats
+        ring = self.stages * (LINEAR_FEW_ROWS + self.tokens) * LINEAR_TILE_K * 2
+        sent, staged = LINEAR_FEW_ROWS * self.tokens, (LINEAR_FEW_ROWS + 4) * min(self.tokens, LINEAR_FEW_STAGED)
+        after = sent if self.splits > 1 else staged  # floats
         return 896 + ring + 4 * after + (2 * self.stages + 1) * 8
 
     def blocks_at_once(self, device: DeviceInfo) -> int:
@@ -266,15 +255,12 @@ class LinearFewTile:
 # At most 113 KB each: a thread block of the next kernel has room beside one and fetches its first weights.
 LINEAR_FEW_TILES = (
     *(
-        LinearFewTile(tokens, 1, stages, splits)
+        LinearFewTile(tokens, stages, splits)
         for tokens, stages in ((8, 12), (16, 10), (32, 8), (64, 6))
         for splits in LINEAR_FEW_SPLITS
     ),
-    # These draw half as much of x from L2.
-    LinearFewTile(tokens=32, groups=2, stages=4, splits=1),
-    LinearFewTile(tokens=64, groups=2, stages=4, splits=1),
     # For small weights, which linear_sm90 has too few tiles for.
-    LinearFewTile(tokens=128, groups=1, stages=3, splits=4),
+    LinearFewTile(tokens=128, stages=3, splits=4),
 )
 
 
@@ -294,18 +280,10 @@ def linear_few_max_rows(n: int, k: int, device: DeviceInfo) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def linear_few_tile(m: int, n: int, k: int, device: DeviceInfo) -> LinearFewTile:
-    """Of the tiles with as few tokens as hold m, the one with the most stages of those whose thread blocks have room on
-    the GPU all at once; where there is none, the largest."""
+    """The tile with as few tokens as hold m."""
     splits = linear_few_splits(n, k, device)
-    usable = [tile for tile in LINEAR_FEW_TILES if tile.splits == splits and tile.tokens >= m]
-    tokens = min(tile.tokens for tile in usable)
-    fitting = [tile for tile in usable if tile.tokens == tokens]
-
-    def have_room(tile: LinearFewTile) -> bool:
-        return splits * ceil_div(n, tile.rows) <= tile.blocks_at_once(device)
-
-    largest = max(fitting, key=lambda tile: (tile.groups, tile.stages))
-    return max(filter(have_room, fitting), key=lambda tile: tile.stages, default=largest)
+    usable = (tile for tile in LINEAR_FEW_TILES if tile.splits == splits and tile.tokens >= m)
+    return min(usable, key=lambda tile: tile.tokens)
 
 
 @functools.lru_cache(maxsize=4096)

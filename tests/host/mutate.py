@@ -561,7 +561,7 @@ MUTATIONS = (
     ),
     Mutation(
         HOPPER, "paged_decode_sm90.cu", "the newest value stays what the ring has brought",
-        "      put_newest(values,",
+        "      if (has_newest) put_newest(values,",
         "      if (false) put_newest(values,",
         DECODE,
     ),

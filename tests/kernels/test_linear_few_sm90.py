@@ -29,6 +29,7 @@ from cupaged.kernels.checks import BFLOAT16, FLOAT16, FLOAT32, HALF_TYPES, ceil_
 from cupaged.kernels.device import DeviceInfo
 from cupaged.kernels.linear_few_sm90 import linear_few_sm90, linear_few_sm90_silu_and_mul
 from cupaged.kernels.tuning import (
+    LINEAR_FEW_ROWS,
     LINEAR_FEW_SPLITS,
     LINEAR_FEW_TILES,
     LinearFewTile,
@@ -49,7 +50,7 @@ def on_an_h100(monkeypatch):
 
 
 def tile_id(tile: LinearFewTile) -> str:
-    return f"{tile.rows}x{tile.tokens}x{tile.stages}-by-{tile.splits}"
+    return f"{tile.tokens}x{tile.stages}-by-{tile.splits}"
 
 
 def cases():
@@ -59,15 +60,14 @@ def cases():
         dtype, out_dtype = [(BFLOAT16, BFLOAT16), (FLOAT16, FLOAT32)][i % 2]
         for m, n, k, with_bias in (
             (1, 1, 8, True),
-            (tile.tokens, tile.rows, 64 * tile.splits, False),
-            (tile.tokens - 1, tile.rows + 1, 328, True),
-            (tile.tokens // 2 + 1, 2 * tile.rows - 8, 64 * (tile.stages + 3) * tile.splits + 24, False),
+            (tile.tokens, LINEAR_FEW_ROWS, 64 * tile.splits, False),
+            (tile.tokens - 1, LINEAR_FEW_ROWS + 1, 328, True),
+            (tile.tokens // 2 + 1, 2 * LINEAR_FEW_ROWS - 8, 64 * (tile.stages + 3) * tile.splits + 24, False),
         ):
             yield pytest.param(m, n, k, dtype, out_dtype, with_bias, tile, id=f"{tile_id(tile)}-{m}x{n}x{k}")
 
 
-SMALLEST, HALVED = LinearFewTile(8, 1, 12, 1), LinearFewTile(16, 1, 10, 2)
-WIDE = LinearFewTile(64, 2, 4, 1)
+SMALLEST, HALVED, LARGEST = LinearFewTile(8, 12, 1), LinearFewTile(16, 10, 2), LinearFewTile(64, 6, 1)
 UNSPLIT = [tile for tile in LINEAR_FEW_TILES if tile.splits == 1]
 
 
@@ -77,7 +77,7 @@ def test_matches_the_formula(runner, rng, m, n, k, dtype, out_dtype, with_bias, 
     assert_matches_formula(run(runner, linear_few_sm90, x, weight, bias, out_dtype, tile), x, weight, bias)
 
 
-@pytest.mark.parametrize("tile", [SMALLEST, HALVED, WIDE], ids=tile_id)
+@pytest.mark.parametrize("tile", [SMALLEST, HALVED, LARGEST], ids=tile_id)
 @pytest.mark.parametrize(("m", "n", "k"), [(5, 100, 200), (8, 131, 456)])  # rows of whole 16 bytes and of less
 def test_products_are_added_to_what_out_holds(runner, rng, m, n, k, tile):
     x, weight, bias = operands(rng, m, n, k, FLOAT16, True)
@@ -89,7 +89,11 @@ def test_products_are_added_to_what_out_holds(runner, rng, m, n, k, tile):
 
 @pytest.mark.parametrize("tile", LINEAR_FEW_TILES, ids=tile_id)
 def test_silu_and_mul_of_products_match_the_formula(runner, rng, tile):
-    for m, n, k in ((tile.tokens, tile.rows // 2, 64), (tile.tokens - 1, tile.rows // 2 + 8, 520), (1, 31, 72)):
+    for m, n, k in (
+        (tile.tokens, LINEAR_FEW_ROWS // 2, 64),
+        (tile.tokens - 1, LINEAR_FEW_ROWS // 2 + 8, 520),
+        (1, 31, 72),
+    ):
         x, gate, up = gate_and_up(rng, m, n, k, HALF_TYPES[tile.splits % 2])
         assert_gated_matches_formula(gated(runner, linear_few_sm90_silu_and_mul, x, gate, up, tile), x, gate, up)
 
@@ -98,7 +102,7 @@ def test_silu_and_mul_of_products_match_the_formula(runner, rng, tile):
 @pytest.mark.parametrize("tile", UNSPLIT, ids=tile_id)
 def test_a_thread_block_computes_one_tile_after_the_other(runner, rng, k, tile):
     """Five tiles, of which the last one is cut off: all in one thread block, and two and three of them in two."""
-    m, n = tile.tokens - 1, 4 * tile.rows + 9
+    m, n = tile.tokens - 1, 4 * LINEAR_FEW_ROWS + 9
     x, weight, bias = operands(rng, m, n, k, FLOAT16, True)
     added_to = residual(rng, m, n)
     alone = run(runner, linear_few_sm90, x, weight, bias, FLOAT32, tile, added_to)
@@ -112,7 +116,7 @@ def test_a_thread_block_computes_one_tile_after_the_other(runner, rng, k, tile):
 
 @pytest.mark.parametrize("tile", UNSPLIT, ids=tile_id)
 def test_a_thread_block_gates_one_tile_after_the_other(runner, rng, tile):
-    for m, n, k in ((tile.tokens, 2 * tile.rows - 8, 328), (1, tile.rows + 3, 72)):
+    for m, n, k in ((tile.tokens, 2 * LINEAR_FEW_ROWS - 8, 328), (1, LINEAR_FEW_ROWS + 3, 72)):
         x, gate, up = gate_and_up(rng, m, n, k, BFLOAT16)
         out = gated(runner, partial(linear_few_sm90_silu_and_mul, num_blocks=2), x, gate, up, tile)
         assert_gated_matches_formula(out, x, gate, up)
@@ -171,7 +175,7 @@ def test_two_thread_blocks_fit_an_sm_and_all_are_shipped():
     assert len(names) == 2 * 2 * len(LINEAR_FEW_TILES)
     for tile in LINEAR_FEW_TILES:
         assert 2 * (tile.shared_bytes + 1024) <= H100.max_shared_bytes + 1024  # CUDA takes 1,024 bytes of each
-        assert f"linear_few_sm90<__half, float, {tile.tokens}, {tile.groups}, {tile.stages}, {tile.splits}>" in names
+        assert f"linear_few_sm90<__half, float, {tile.tokens}, {tile.stages}, {tile.splits}>" in names
 
 
 def test_where_k_is_split_all_thread_blocks_have_room_at_once():
@@ -181,7 +185,7 @@ def test_where_k_is_split_all_thread_blocks_have_room_at_once():
             for k in (768, 4096):
                 splits = linear_few_splits(n, k, device)
                 tiles = [tile for tile in LINEAR_FEW_TILES if tile.splits == splits > 1]
-                assert all(splits * ceil_div(n, tile.rows) <= tile.blocks_at_once(device) for tile in tiles)
+                assert all(splits * ceil_div(n, LINEAR_FEW_ROWS) <= tile.blocks_at_once(device) for tile in tiles)
 
 
 def test_chosen_tiles_hold_the_tokens_and_split_by_the_weight_alone():
@@ -209,20 +213,6 @@ def test_chosen_tiles_hold_the_tokens_and_split_by_the_weight_alone():
 )
 def test_splits_for_shape(n, k, splits):
     assert linear_few_splits(n, k, H100) == splits
-
-
-@pytest.mark.parametrize(
-    ("m", "n", "tile"),
-    [
-        (1, 16384, LinearFewTile(8, 1, 12, 1)),  # 256 thread blocks of 113 KB have room at once
-        (8, 28672, LinearFewTile(8, 1, 12, 1)),  # 448 haven't, but there is no other tile of 8 tokens
-        (64, 16384, LinearFewTile(64, 1, 6, 1)),
-        (32, 28672, LinearFewTile(32, 2, 4, 1)),
-        (64, 128256, LinearFewTile(64, 2, 4, 1)),
-    ],
-)
-def test_tiles_that_have_room_all_at_once(m, n, tile):
-    assert linear_few_tile(m, n, 2048, H100) == tile
 
 
 @pytest.mark.parametrize(
