@@ -69,16 +69,13 @@ __device__ __forceinline__ void store_rows(out_t* out,  // [num_rows, num_column
   out_t* place = out + (long long)row * num_columns + column;
   const long long stride = 2ll * num_columns;
   if (num_columns % kVec == 0) {
-    if (accumulate) {
-      Vec<out_t> held[kCount] = {};
+    if constexpr (sizeof(out_t) == sizeof(float)) {
+      if (accumulate) {  // in L2: nobody waits for what out holds
 #pragma unroll
-      for (int i = 0; i < kCount; ++i)
-        if (row + 2 * i < num_rows) held[i] = load_vec(place + i * stride);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i)
-#pragma unroll
-        for (int e = 0; e < kVec; ++e)
-          results[i].data[e] = from_float<out_t>(to_float(results[i].data[e]) + to_float(held[i].data[e]));
+        for (int i = 0; i < kCount; ++i)
+          if (row + 2 * i < num_rows) reduce_add(place + i * stride, results[i].data);
+        return;
+      }
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i)

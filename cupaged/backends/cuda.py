@@ -25,6 +25,7 @@ from cupaged.kernels import registry
 from cupaged.kernels.checks import C_TYPE, HALF_TYPES, ceil_div, check, check_that
 from cupaged.kernels.compile import compile_kernels, load_kernels, noted_launches
 from cupaged.kernels.copy_blocks import copy_blocks
+from cupaged.kernels.copy_words import WORD_BYTES, copy_words
 from cupaged.kernels.device import device_info
 from cupaged.kernels.embedding import embedding
 from cupaged.kernels.layers import Layers
@@ -64,6 +65,7 @@ STAGING_BYTES = 32 << 20  # of each pinned buffer: one fills while the other is 
 # when it has done the steps before: with as many of them it doesn't keep the host waiting.
 SMALL_BYTES = 64 << 10
 NUM_SMALL = 32
+MAX_COPIED_BYTES = 64 << 10  # by a kernel: more of them are the copy engine's
 MIN_FETCH_BYTES = 4096  # of a pinned buffer for what comes back
 PART_ALIGNMENT = 16  # bytes; where the arrays of a batch begin in their common buffer, for vector loads
 
@@ -190,7 +192,11 @@ SM90 = LinearKernels(linear_sm90, linear_sm90_silu_and_mul)
 
 
 class CupyDevice:
-    """All that the backend wants of CuPy: memory from its current allocator, copies on its current stream."""
+    """All that the backend wants of CuPy: memory from its current allocator, copies on its current stream.
+
+    has_kernels: whether kernels are loaded, so that small copies may be launches."""
+
+    has_kernels = False
 
     def __init__(self):
         import cupy
@@ -232,16 +238,18 @@ class CupyDevice:
 
     def start_copy(self, dst: Array, src: np.ndarray) -> Callable[[], None]:
         """Start copying pinned bytes to dst (C-contiguous, as many bytes); returns what waits until they are read."""
-        stream = self._cupy.cuda.get_current_stream()
-        host_to_device = self._cupy.cuda.runtime.memcpyHostToDevice
-        self._cupy.cuda.runtime.memcpyAsync(dst.data.ptr, src.ctypes.data, src.nbytes, host_to_device, stream.ptr)
-        return stream.record(self._cupy.cuda.Event(disable_timing=True)).synchronize
+        return self._start(dst.data.ptr, src.ctypes.data, src.nbytes, self._cupy.cuda.runtime.memcpyHostToDevice)
 
     def start_fetch(self, dst: np.ndarray, src: Array) -> Callable[[], None]:
         """Start copying src (C-contiguous, as many bytes) to pinned bytes; returns what waits until they are there."""
+        return self._start(dst.ctypes.data, src.data.ptr, src.nbytes, self._cupy.cuda.runtime.memcpyDeviceToHost)
+
+    def _start(self, dst: int, src: int, num_bytes: int, kind: int) -> Callable[[], None]:
         stream = self._cupy.cuda.get_current_stream()
-        device_to_host = self._cupy.cuda.runtime.memcpyDeviceToHost
-        self._cupy.cuda.runtime.memcpyAsync(dst.ctypes.data, src.data.ptr, src.nbytes, device_to_host, stream.ptr)
+        if self.has_kernels and num_bytes <= MAX_COPIED_BYTES and num_bytes % WORD_BYTES == 0:
+            copy_words(dst, src, num_bytes)
+        else:
+            self._cupy.cuda.runtime.memcpyAsync(dst, src, num_bytes, kind, stream.ptr)
         return stream.record(self._cupy.cuda.Event(disable_timing=True)).synchronize
 
     def capture(self, function: Callable[[], object]) -> Callable[[], None]:
@@ -439,6 +447,7 @@ class CudaBackend:
     def reserve(self, config: ModelConfig, max_num_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
         self._sm90 = use_sm90()
         load_kernels(needed_kernels(self.dtype, config.head_dim, self._sm90))
+        self._device.has_kernels = True
 
         num_bytes = decode_workspace_size(
             max_num_seqs, config.num_heads, config.num_kv_heads, config.head_dim, max_model_len
@@ -554,10 +563,9 @@ class CudaBackend:
         return is_small and self._linear_kernels(x, weight) is SMALL
 
     def _linear_kernels(self, x: Array, weight: Array) -> LinearKernels:
-        """Up to 16 rows, up to 64 and more are summed in three orders (on Hopper, up to 64 in one where the weight is
-        large, and from 17 to 128 where it is small; from there on in others: up to 128, 256 and 512 and above), and the
-        squares of normed rows in one up to 8 rows and another above; on GPUs of one kind, a row has the same results,
-        bit for bit, among batches of each."""
+        """Kernels sum in orders of their own. Which one it is may change at 8 rows, at 16 and at 64, on Hopper also at
+        128, 256 and 512, by the weight's shape; between these a row has the same results, bit for bit, whatever else is
+        in the batch, on GPUs of one kind."""
         num_rows = x.shape[0]
         if self._sm90 and linear_few_is_quickest(num_rows, *weight.shape, device_info()):
             return FEW_SM90

@@ -75,12 +75,13 @@ class Layers:
         if isinstance(arg, np.generic):
             return None
         if isinstance(arg, TensorMap):
-            address, *shape, _, box_rows = arg.described
+            address, *shape, _, box_rows, l2_bytes = arg.described
             if (column := self._column_at(address)) is None:
                 return None
             if column[0].shape != tuple(shape):
                 raise _IsOpenError
-            return self._know((address, box_rows), lambda: _structs([tensor_map(array, box_rows) for array in column]))
+            box = box_rows, l2_bytes
+            return self._know((address, *box), lambda: _structs([tensor_map(array, *box) for array in column]))
         if isinstance(arg, np.ndarray) and arg.ndim == 0:
             if arg is not paged_kv(arena, 0):
                 raise _IsOpenError

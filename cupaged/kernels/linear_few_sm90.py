@@ -63,7 +63,7 @@ def _launch(out, x, weight, bias, epilogue: Epilogue, tile: LinearFewTile | None
         )
         tile = linear_few_tile(m, n, k, device_info())
     check_that(m <= tile.tokens, f"tile: {tile.tokens} tokens are too few for the {m} rows of x")
-    maps = (tensor_map(x, tile.tokens), tensor_map(weight, LINEAR_FEW_ROWS))
+    maps = (tensor_map(x, tile.tokens, 128), tensor_map(weight, LINEAR_FEW_ROWS, 128))
     args = (out, *maps, NULL if bias is None else bias, np.int32(m), np.int32(n), np.int32(k), np.int32(epilogue))
     kernel = load_kernel("linear_few_sm90.cu", _name(x.dtype, out.dtype, tile))
     num_tiles = ceil_div(n, LINEAR_FEW_ROWS)

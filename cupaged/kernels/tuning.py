@@ -227,7 +227,8 @@ LINEAR_FEW_ROWS = 64  # of weight in a tile of linear_few_sm90.cu
 LINEAR_FEW_SPLITS = (1, 2, 4)  # of k, that there are kernels for
 LINEAR_FEW_STAGED = 32  # kMaxStaged in linear_few_sm90.cu
 MIN_SPLIT_STEPS = 6  # of 64 columns, that a split has at least: with fewer, merging takes longer than it saves
-MIN_LARGE_WEIGHT = 1 << 24  # elements: linear_small is quicker with less
+# Elements of weight; with fewer linear_small is quicker: for up to 8 rows, which it norms as well, and for up to 16.
+MIN_LARGE_WEIGHT, MIN_LARGE_WEIGHT_16_ROWS = 1 << 24, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -289,7 +290,7 @@ def linear_few_tile(m: int, n: int, k: int, device: DeviceInfo) -> LinearFewTile
 @functools.lru_cache(maxsize=4096)
 def linear_few_is_quickest(m: int, n: int, k: int, device: DeviceInfo) -> bool:
     """Whether linear_few_sm90 is quicker than linear_small and linear_sm90 (an H200). Up to 16 rows that is so with
-    large weights that needn't be split in four."""
+    large weights only."""
     if m <= LINEAR_SMALL_ROWS:
-        return n * k >= MIN_LARGE_WEIGHT and linear_few_splits(n, k, device) <= 2
+        return n * k >= (MIN_LARGE_WEIGHT if m <= LINEAR_SMALL_NORMED_ROWS else MIN_LARGE_WEIGHT_16_ROWS)
     return m <= linear_few_max_rows(n, k, device)

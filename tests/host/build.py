@@ -245,10 +245,12 @@ def _region(array: np.ndarray, writable: bool, name: str) -> _Region:
     return _Region(begin, begin + array.nbytes, writable, name.encode())
 
 
-def encode_tensor_map(address: int, rows: int, columns: int, dtype: np.dtype, box_rows: int) -> np.ndarray:
+def encode_tensor_map(
+    address: int, rows: int, columns: int, dtype: np.dtype, box_rows: int, l2_bytes: int
+) -> np.ndarray:
     """What include/ptx_sm90_host.h takes a TensorMap for: an encoder for cupaged.kernels.tensor_map.set_encoder."""
     encoded = np.zeros((), TENSOR_MAP)
-    encoded["opaque"][:4] = address, rows, columns, box_rows
+    encoded["opaque"][:5] = address, rows, columns, box_rows, l2_bytes
     return encoded
 
 

@@ -125,7 +125,7 @@ def test_an_asynchronous_copy_reads_its_source_at_the_wait(load):
 def test_tensor_copies_bring_what_wgmma_wants(load, dtype, rows, k, rng):
     a, b = rng.standard_normal((64, k)).astype(dtype), rng.standard_normal((rows, k)).astype(dtype)
     d = poisoned((64, 128), np.float32)
-    maps = (encode_tensor_map(x.ctypes.data, *x.shape, dtype, box) for x, box in ((a, 64), (b, 128)))
+    maps = (encode_tensor_map(x.ctypes.data, *x.shape, dtype, box, 256) for x, box in ((a, 64), (b, 128)))
     load(f"tensor_product<{C_TYPE[dtype]}>")((1,), (128,), (d, *maps), shared_mem=1024 + 192 * 128 + 8)
     expected = np.zeros((64, 128))
     expected[:, :rows] = a.astype(np.float64) @ b.astype(np.float64).T

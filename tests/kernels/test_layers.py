@@ -181,8 +181,8 @@ def test_each_layer_is_run_where_its_arguments_do_not_follow_from_the_first_ones
 
 
 def test_descriptions_of_weights_are_those_of_each_layers_own(driver, backend, monkeypatch):
-    def encode(address, rows, columns, dtype, box_rows):
-        return np.array((np.array([box_rows, address, rows, *[columns] * 13]),), TENSOR_MAP)
+    def encode(address, rows, columns, dtype, box_rows, l2_bytes):
+        return np.array((np.array([box_rows, address, rows, *[columns] * 12, l2_bytes]),), TENSOR_MAP)
 
     monkeypatch.setattr(tensor_map_module, "_encode", encode)
     layers, x = norms(backend, 3), backend.empty((5, 64), BFLOAT16)
@@ -194,15 +194,18 @@ def test_descriptions_of_weights_are_those_of_each_layers_own(driver, backend, m
         driver.launches.clear()
 
         def run(_, layer):
-            args = tuple(tensor_map(array, 16) for array in arrays_of(layer))
+            args = tuple(tensor_map(array, 16, 128) for array in arrays_of(layer))
             load_kernel("rms_norm.cu", "any")((1,), (32,), (*args, NULL))
 
         backend.for_each_layer(layers, new_arena(backend, 3), run)
-        return [[np.frombuffer(a, np.uint64)[:4].tolist() for a in args[:-1]] for _, _, args in driver.launches]
+        return [
+            [np.frombuffer(a, np.uint64)[[0, 1, 2, 3, -1]].tolist() for a in args[:-1]]
+            for _, _, args in driver.launches
+        ]
 
-    expected = [[[16, a.data.ptr, *a.shape] for a in (x, layer.o, layer.qkv)] for layer in layers]
+    expected = [[[16, a.data.ptr, *a.shape, 128] for a in (x, layer.o, layer.qkv)] for layer in layers]
     assert described(lambda layer: (x, layer.o, layer.qkv)) == expected
-    expected = [[[16, layer.qkv.data.ptr, 8, 64]] for layer in layers]
+    expected = [[[16, layer.qkv.data.ptr, 8, 64, 128]] for layer in layers]
     assert described(lambda layer: (layer.qkv[:8],)) == expected
 
 

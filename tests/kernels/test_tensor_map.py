@@ -28,12 +28,13 @@ def test_a_map_is_made_once_for_an_address_and_shape(encoded):
     first = tensor_map(array, 8)
     assert tensor_map(array, 8) is first
     assert not first.flags.writeable
-    assert encoded == [(array.ctypes.data, 6, 64, FLOAT16, 8)]
+    assert encoded == [(array.ctypes.data, 6, 64, FLOAT16, 8, 256)]
     tensor_map(array, 16)
     tensor_map(array[:5], 8)
     tensor_map(array.view(BFLOAT16), 8)
     tensor_map(array[1:], 8)
-    assert len(encoded) == 5
+    tensor_map(array, 8, 128)
+    assert len(encoded) == 6
 
 
 @pytest.mark.parametrize(
@@ -53,23 +54,31 @@ def test_what_the_copy_engine_cannot_address_is_refused(encoded, array, box_rows
     assert not encoded
 
 
+def test_other_sizes_for_l2_are_refused(encoded):
+    with pytest.raises(ValueError, match=r"l2_bytes: expected one of \(64, 128, 256\); got 32"):
+        tensor_map(np.zeros((4, 64), FLOAT16), 8, 32)
+    assert not encoded
+
+
 def test_the_driver_gets_what_cuda_documents(monkeypatch):
     calls = []
 
     def encode(out, dtype, rank, address, sizes, strides, box, steps, interleave, swizzle, promotion, fill):
         assert out.value % 64 == 0
         ctypes.memset(out.value, 0xAB, 128)
-        calls.append((dtype, rank, address.value, *map(tuple, (sizes, strides, box, steps)), interleave, swizzle, fill))
+        shape = map(tuple, (sizes, strides, box, steps))
+        calls.append((dtype, rank, address.value, *shape, interleave, swizzle, promotion, fill))
         return 0
 
     monkeypatch.setattr(module, "driver", lambda: SimpleNamespace(cuTensorMapEncodeTiled=encode))
-    encoded = encode_by_driver(0x7000_0000_0000, 100, 72, BFLOAT16, 32)
+    encoded = encode_by_driver(0x7000_0000_0000, 100, 72, BFLOAT16, 32, 128)
     assert encoded.tobytes() == b"\xab" * 128
-    # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, innermost dimension first, no interleave, SWIZZLE_128B, zeros past the edges
-    assert calls == [(9, 2, 0x7000_0000_0000, (72, 100), (144,), (64, 32), (1, 1), 0, 3, 0)]
+    # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, innermost dimension first, no interleave, SWIZZLE_128B, L2_PROMOTION_L2_128B,
+    # zeros past the edges
+    assert calls == [(9, 2, 0x7000_0000_0000, (72, 100), (144,), (64, 32), (1, 1), 0, 3, 2, 0)]
 
 
 def test_what_the_driver_refuses_is_an_error(monkeypatch):
     monkeypatch.setattr(module, "driver", lambda: SimpleNamespace(cuTensorMapEncodeTiled=lambda *_: 1))
     with pytest.raises(DeviceError, match="error 1"):
-        encode_by_driver(0x1000, 1, 64, FLOAT16, 8)
+        encode_by_driver(0x1000, 1, 64, FLOAT16, 8, 256)
