@@ -4,13 +4,14 @@
 //   out = y,   out += y   or   out[i, j] = silu(y[i, 2j]) * y[i, 2j + 1]
 //
 // Tiling:   weight is the wide operand of the tensor cores: a warpgroup multiplies 64 rows of it by kTokens tokens, so
-//           tokens are padded to 8, 16, 32, 64 or 128 and no further. A tile is 64 outputs for all tokens. As
-//           many thread blocks as have room on the GPU at once share the tiles out, and compute one after the other.
+//           tokens are padded to 8, 16, 32, 64 or 128 and no further. A tile is 64 outputs for all tokens. As many
+//           thread blocks as have room on the GPU at once share the tiles out, and compute one after the other.
 // Splits:   where there are too few tiles for all SMs, kSplits thread blocks, a cluster, share a tile's k at places
 //           that depend on k and kSplits alone. Each sends its sums from registers into the shared memory of the one
 //           that stores these rows, its owner, which adds them up. Merging through L2 took 3 us more. A cluster computes
 //           one tile: where k is split, all have room at once.
-// Streams:  a warp of its own asks the copy engine for weight and x, 64 columns a step, through a ring of kStages. It
+// Streams:  a warp of its own asks the copy engine for weight and x, 64 columns a step, through a ring of kStages. A step
+//           is multiplied while the one before it is: alone on an SM, a thread block has 0.2 us for one. The warp
 //           goes on with the next tile while the warps that multiply stage and store the last one's results, which have
 //           a place beside the ring, for some tokens at a time. With splits they are staged where the ring was.
 // Barriers: full[s] completes when weight and x of stage s have come; empty[s] when all multiplying warps are done with
@@ -28,11 +29,11 @@
 #include "ptx_sm90.cuh"
 #include "ring.cuh"
 
-constexpr int kRows = 64;         // of weight in a tile
-constexpr int kTileK = 64;        // columns of k in a step: 128 bytes a row
-constexpr int kWarps = 4;         // that multiply: 16 rows of results each
+constexpr int kRows = 64;   // of weight in a tile
+constexpr int kTileK = 64;  // columns of k in a step: 128 bytes a row
+constexpr int kWarps = 4;   // that multiply: 16 rows of results each
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kMaxStaged = 32;    // tokens whose results are staged at once beside the ring
+constexpr int kMaxStaged = 32;  // tokens whose results are staged at once beside the ring
 
 struct Reduce {  // in L2: at the end of a tile everybody would wait for what out holds
   __device__ __forceinline__ void operator()(float* place, const float (&values)[4]) const { reduce_add(place, values); }

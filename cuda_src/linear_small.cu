@@ -17,6 +17,9 @@
 //           the same. From then on x stays in registers, which is what bounds k; more tokens had to be read twice, which
 //           took longer than a launch. The norm's weight is asked for before the wait for the kernel before, as it may
 //           have to come from DRAM. Each thread block norms anew, out of L2.
+// Overlap:  the first weight is asked for before the wait for the kernel before. Where the rings hold all that a thread
+//           block reads, the next kernel may ask for its own at once; else it would draw on DRAM while this one streams.
+//           Weight is read once: L2 lets it go first, so that what the other kernels read again and again stays.
 // Numerics: products summed in float32 along each warp's chunks in the order of k, then the 8 sums in the order of the
 //           warps, then the bias, then what is added to; silu in float32, of such sums; one rounding, at the store. An
 //           element's value depends on its row of x, its rows of weight, its bias, what is added to and on k alone: not
@@ -30,7 +33,7 @@
 #include "linear_epilogue.cuh"
 #include "ptx.cuh"
 
-constexpr int kWarps = 8;               // they share k: another number is another order of summation
+constexpr int kWarps = 8;  // they share k: another number is another order of summation
 constexpr int kNumThreads = kWarps * kWarpSize;
 constexpr int kChunk = 64;              // columns of k that a warp takes at a time
 constexpr int kPiece = 32;              // columns that four lanes hold in 16 bytes each: two steps of k of the mma
@@ -125,7 +128,6 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
   // first group, so that a group a chunk is counted below.
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) copy_weight(stage, stage * kTurn);
-  // What is all in the rings leaves DRAM to the next kernel; else that one had better come later.
   const bool streams = k > kStages * kTurn;
   if (!streams) griddepcontrol_launch_dependents();
   griddepcontrol_wait();
