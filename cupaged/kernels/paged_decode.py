@@ -120,8 +120,8 @@ def paged_decode(
 
     rope: where given, queries and keys in qkv are neither normed nor rotated yet and the newest keys and values not in
     the cache: that is done as by `rope_and_store_kv`, to the bit, but for qkv, which stays as it is. For kernels that
-    `ropes` only; all tokens are those of the first num_decodes sequences. What else the cache holds must have been there
-    before the launch before this one began, that of qkv as a rule: it is fetched before the wait for that one.
+    `ropes` only; all tokens are those of the first num_decodes sequences. What else the cache holds must have been
+    there before the launch before this one began, as a rule that of qkv: it is fetched before the wait for that one.
 
     workspace: uint8, at least `decode_workspace_size` bytes for these sizes, zeros before its first use; what a launch
     leaves in it suits the next. Launches that share one must follow each other on one stream.
