@@ -89,9 +89,11 @@ class StepGraphs:
 
     def forward(self, batch: Batch) -> Array:
         """As Decoder.forward, for the uploaded batch; with a row of logits for each that `pad` has added as well."""
-        if not self._takes(batch):
+        shape = _shape_of(batch)
+        if shape != self._padded_shape(shape):
             return self._decoder.forward(batch, self._arena)
-        key = self._key(batch)
+        # All that launches are given and that may differ. Shapes and the first array's place say where the others lie.
+        key = *shape, batch.block_tables.shape[1], self._backend.address(batch.token_ids)
         graph = self._graphs.pop(key, None)
         if graph is None and key in self._met_once:
             del self._met_once[key]
@@ -107,18 +109,6 @@ class StepGraphs:
         elif (graph := self._capture(batch)) is not None:
             _put_last(self._graphs, key, graph)
         return logits
-
-    def _takes(self, batch: Batch) -> bool:
-        """Whether it is of a shape that `pad` gives."""
-        shape = _shape_of(batch)
-        return shape == self._padded_shape(shape)
-
-    def _key(self, batch: Batch) -> tuple:
-        """All that launches are given and that may differ between two batches that `_takes` accepts."""
-        values = vars(batch).values()
-        return tuple(
-            value if isinstance(value, int) else (self._backend.address(value), value.shape) for value in values
-        )
 
     def _capture(self, batch: Batch) -> tuple[Callable[[], None], Array] | None:
         if not self._can_capture:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -40,9 +41,14 @@ def row_workspace_size(num_rows: int, vocab_size: int) -> int:
 
 def row_slices(num_rows: int, vocab_size: int, workspace) -> RowSlices:
     """Raises ValueError for too many rows or a workspace that doesn't do."""
-    check_that(num_rows <= MAX_GRID_YZ, f"logits: expected at most {MAX_GRID_YZ} rows; got {num_rows}")
     check("workspace", workspace, (None,), np.uint8)
-    wanted, size = row_workspace_size(num_rows, vocab_size), workspace.shape[0]
+    return _row_slices(num_rows, vocab_size, workspace.shape[0])
+
+
+@functools.lru_cache(maxsize=4096)
+def _row_slices(num_rows: int, vocab_size: int, size: int) -> RowSlices:
+    check_that(num_rows <= MAX_GRID_YZ, f"logits: expected at most {MAX_GRID_YZ} rows; got {num_rows}")
+    wanted = row_workspace_size(num_rows, vocab_size)
     check_that(
         size >= wanted and size % 16 == 0, f"workspace: expected {wanted} bytes or more, in whole 16s; got {size}"
     )
