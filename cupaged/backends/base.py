@@ -9,7 +9,7 @@ taken in float32 whatever it is. No operation accepts overlapping input and outp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -42,6 +42,15 @@ LOGIT_EDIT = np.dtype(
         ("penalty", np.float32),  # subtracted: presence_penalty + frequency_penalty * count
     ]
 )  # 20 bytes, no padding
+
+
+class Rope(NamedTuple):
+    """What rotates heads, and norms them before: `rope_and_store_kv`'s arguments of these names."""
+
+    cos_sin: Array
+    q_norm: Array | None = None
+    k_norm: Array | None = None
+    eps: float = 0.0
 
 
 class Backend(Protocol):
@@ -215,13 +224,10 @@ class Backend(Protocol):
         arena: KVArena,
         layer: int,
         batch: Batch,
-        cos_sin: Array,
         num_heads: int,
         sm_scale: float,
-        window: int = 0,
-        q_norm: Array | None = None,
-        k_norm: Array | None = None,
-        eps: float = 0.0,
+        window: int,
+        rope: Rope,
     ) -> None:
         """`rope_and_store_kv` of the step's tokens, then `paged_attention`. qkv may stay as it is."""
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupaged.backends.base import Array
+from cupaged.backends.base import Array, Rope
 from cupaged.backends.host_copy import HostCopier
 from cupaged.config import BLOCK_SIZES, ModelConfig
 from cupaged.engine.batch import Batch
@@ -51,7 +51,7 @@ from cupaged.kernels.paged_prefill import KERNELS as PREFILL
 from cupaged.kernels.paged_prefill import paged_prefill, prefill_workspace_size
 from cupaged.kernels.paged_prefill_sm90 import KERNELS_SM90 as PREFILL_SM90
 from cupaged.kernels.rms_norm import rms_norm
-from cupaged.kernels.rope import Rope, rope_and_store_kv
+from cupaged.kernels.rope import rope_and_store_kv
 from cupaged.kernels.row_slices import row_workspace_size
 from cupaged.kernels.sampler import sample
 from cupaged.kernels.take_tokens import take_tokens
@@ -598,41 +598,18 @@ class CudaBackend:
             )  # fmt: skip
 
     def rope_and_attend(
-        self,
-        out: Array,
-        qkv: Array,
-        arena: KVArena,
-        layer: int,
-        batch: Batch,
-        cos_sin: Array,
-        num_heads: int,
-        sm_scale: float,
-        window: int = 0,
-        q_norm: Array | None = None,
-        k_norm: Array | None = None,
-        eps: float = 0.0,
-    ) -> None:
+        self, out: Array, qkv: Array, arena: KVArena, layer: int, batch: Batch, num_heads: int, sm_scale: float,
+        window: int, rope: Rope,
+    ) -> None:  # fmt: skip
         attention = (out, qkv, arena, layer, batch, num_heads, sm_scale, window)
         if batch.num_decodes == batch.num_seqs and self._sm90 and arena.layout.head_dim in DECODE_HEAD_DIMS_SM90:
-            self._decode(*attention, Rope(cos_sin, q_norm, k_norm, eps))
+            self._decode(*attention, rope)
             return
-        rope_and_store_kv(
-            qkv, arena, layer, batch.positions, batch.slot_mapping, cos_sin, num_heads, q_norm, k_norm, eps
-        )
+        tokens = batch.positions, batch.slot_mapping
+        rope_and_store_kv(qkv, arena, layer, *tokens, rope.cos_sin, num_heads, *rope[1:])
         self.paged_attention(*attention)
 
-    def _decode(
-        self,
-        out: Array,
-        qkv: Array,
-        arena: KVArena,
-        layer: int,
-        batch: Batch,
-        num_heads: int,
-        sm_scale: float,
-        window: int,
-        rope: Rope | None = None,
-    ) -> None:
+    def _decode(self, out, qkv, arena, layer, batch: Batch, num_heads, sm_scale, window, rope: Rope | None = None):
         paged_decode(
             out, qkv, arena, layer, batch.block_tables, batch.seq_lens, self._decode_workspace, num_heads=num_heads,
             num_decodes=batch.num_decodes, max_seq_len=batch.max_seq_len, sm_scale=sm_scale, window=window, rope=rope,

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cupaged.backends import sampling_reference
+from cupaged.backends.base import Rope
 from cupaged.engine.batch import Batch
 from cupaged.errors import OutOfMemoryError
 from cupaged.memory.arena import KVArena, KVLayout
@@ -204,12 +205,19 @@ class ReferenceBackend:
                 _attend(out[first:last], q[first:last] * sm_scale, keys[:, seen], values[:, seen], hidden_to_first)
 
     def rope_and_attend(
-        self, out, qkv, arena: KVArena, layer: int, batch: Batch, cos_sin, num_heads: int, sm_scale: float,
-        window: int = 0, q_norm=None, k_norm=None, eps: float = 0.0,
-    ) -> None:  # fmt: skip
-        self.rope_and_store_kv(
-            qkv, arena, layer, batch.positions, batch.slot_mapping, cos_sin, num_heads, q_norm, k_norm, eps
-        )
+        self,
+        out,
+        qkv,
+        arena: KVArena,
+        layer: int,
+        batch: Batch,
+        num_heads: int,
+        sm_scale: float,
+        window: int,
+        rope: Rope,
+    ) -> None:
+        tokens = batch.positions, batch.slot_mapping
+        self.rope_and_store_kv(qkv, arena, layer, *tokens, rope.cos_sin, num_heads, *rope[1:])
         self.paged_attention(out, qkv, arena, layer, batch, num_heads, sm_scale, window)
 
     # -- sampling ------------------------------------------------------------------------------------------

@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cupaged.backends.base import Rope
 from cupaged.kernels.checks import C_TYPE, HALF_TYPES, ceil_div, check, check_that, check_vectors
 from cupaged.kernels.compile import NULL, load_kernel
 from cupaged.kernels.device import device_info
 from cupaged.kernels.paged_attention import MAX_GRID_YZ, check_attention, kernel_window, softmax_scale
 from cupaged.kernels.paged_kv import paged_kv
-from cupaged.kernels.rope import Rope, rope_arguments
+from cupaged.kernels.rope import rope_arguments
 
 TILE_ROWS = 16  # kTileRows in paged_decode.cu
 MIN_SPLIT = 256  # keys that a split has at least; kMinSplit in decode_splits.cuh

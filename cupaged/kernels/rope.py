@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import numpy as np
 
+from cupaged.backends.base import Rope
 from cupaged.config import BLOCK_SIZES
 from cupaged.kernels.checks import (
     C_TYPE,
@@ -23,15 +23,6 @@ from cupaged.kernels.paged_kv import paged_kv
 from cupaged.memory.arena import KVArena
 
 NUM_THREADS = 128
-
-
-class Rope(NamedTuple):
-    """What heads are rotated by, and normed with before: the arguments of `rope_and_store_kv` of these names."""
-
-    cos_sin: Any
-    q_norm: Any = None
-    k_norm: Any = None
-    eps: float = 0.0
 
 
 def rope_arguments(rope: Rope, dtype: np.dtype, head_dim: int) -> tuple:

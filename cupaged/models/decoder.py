@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cupaged.backends.base import Array, Backend
+from cupaged.backends.base import Array, Backend, Rope
 from cupaged.config import ModelConfig
 from cupaged.engine.batch import Batch
 from cupaged.memory.arena import KVArena
@@ -95,10 +95,9 @@ class Decoder:
         ops, config, n = self.backend, self.config, x.shape[0]
         qkv, attended = self._qkv[:n], self._attended[:n]
         ops.rms_norm_linear(qkv, residual, layer.input_norm, config.rms_norm_eps, x, layer.qkv, layer.qkv_bias)
-        ops.rope_and_attend(
-            attended, qkv, arena, index, batch, self.cos_sin, config.num_heads, config.sm_scale,
-            config.sliding_window or 0, layer.q_norm, layer.k_norm, config.rms_norm_eps,
-        )  # fmt: skip
+        rope = Rope(self.cos_sin, layer.q_norm, layer.k_norm, config.rms_norm_eps)
+        window = config.sliding_window or 0
+        ops.rope_and_attend(attended, qkv, arena, index, batch, config.num_heads, config.sm_scale, window, rope)
         ops.linear(residual, attended, layer.o, accumulate=True)
 
     def _mlp(self, residual: Array, x: Array, layer: LayerWeights) -> None:

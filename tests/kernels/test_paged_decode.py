@@ -10,6 +10,7 @@ import pytest
 from host_device import H100
 
 from attention_tools import assert_teeth, attention_reference, both_tiers, pack_qkv, pointed_query, with_kernels
+from cupaged.backends.base import Rope
 from cupaged.backends.cuda import probe
 from cupaged.kernels import paged_decode as paged_decode_module
 from cupaged.kernels import paged_decode_sm90 as paged_decode_sm90_module
@@ -17,7 +18,7 @@ from cupaged.kernels.checks import BFLOAT16, FLOAT16
 from cupaged.kernels.device import device_info, set_device_info
 from cupaged.kernels.paged_decode import KERNELS, MIN_SPLIT, decode_workspace_size, max_splits, paged_decode
 from cupaged.kernels.paged_decode_sm90 import KERNELS_SM90
-from cupaged.kernels.rope import Rope, rope_and_store_kv
+from cupaged.kernels.rope import rope_and_store_kv
 from cupaged.memory.arena import KVLayout
 from kernel_tools import HostRunner, PagedCache, assert_close, is_poison, poisoned, stored_rows
 
