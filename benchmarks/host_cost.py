@@ -39,7 +39,7 @@ from cupaged.sampling_params import RequestOutputKind, SamplingParams
 from cupaged.tokenizer import Tokenizer
 from cupaged.weights.packing import random_weights
 
-BATCHES = (16, 64, 256, 1024)
+BATCHES = (1, 16, 64, 256, 1024)
 POOL_SIZES = (1_000, 10_000, 100_000)
 STEPS = 16
 ROUNDS = 20
