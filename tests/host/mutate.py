@@ -359,21 +359,21 @@ MUTATIONS = (
     ),
     Mutation(
         HOPPER, "linear_few_sm90.cu", "a stage is filled again before its products are done",
-        "        mbarrier_wait(empty + step % kStages, (step / kStages - 1) % 2);\n",
+        "        mbarrier_wait(empty + fetch.place.stage, fetch.place.parity ^ 1);\n",
         "",
         ("linear_few_sm90",),
     ),
     Mutation(
         HOPPER, "linear_few_sm90.cu", "products begin before their stage has arrived",
-        "      mbarrier_wait(full + stage, step / kStages % 2);\n",
+        "      mbarrier_wait(full + place.stage, place.parity);\n",
         "",
         ("linear_few_sm90",),
     ),
     Mutation(
         HOPPER, "linear_few_sm90.cu", "a stage is given back while its products are under way",
-        "      wgmma_wait_group<0>();  // at once: a stage that is not released is not on its way\n"
-        "      if (lane == 0) mbarrier_arrive(empty + stage);\n",
-        "      if (lane == 0) mbarrier_arrive(empty + stage);\n      wgmma_wait_group<0>();\n",
+        "      if (i > 0) release();\n      multiplied = place.stage;\n    }\n"
+        "    wgmma_wait_group<0>();\n    wgmma_hold(sum);\n    if (num_steps > 0) release();\n",
+        "      multiplied = place.stage;\n      release();\n    }\n    wgmma_wait_group<0>();\n    wgmma_hold(sum);\n",
         ("linear_few_sm90",),
     ),
     Mutation(
@@ -396,27 +396,20 @@ MUTATIONS = (
     ),
     Mutation(
         INDEX, "linear_few_sm90.cu", "a thread block fetches its first tile's weight again for the next",
-        "const int tile = first_tile + step / num_steps * tile_stride;",
-        "const int tile = first_tile;",
+        "                     walk.tile * kRows, barrier);",
+        "                     first_tile * kRows, barrier);",
         ("linear_few_sm90",),
     ),
     Mutation(
-        STATE, "linear_few_sm90.cu", "the steps of the next tile are counted from 0",
-        "  int step = 0;  // of those of all tiles\n"
-        "  for (int tile = first_tile; tile < num_tiles; tile += tile_stride) {\n",
-        "  for (int tile = first_tile; tile < num_tiles; tile += tile_stride) {\n    int step = 0;\n",
+        STATE, "linear_few_sm90.cu", "the walk through the ring begins anew with each tile",
+        "  RingPlace<kStages> place;\n  for (int tile = first_tile; tile < num_tiles; tile += tile_stride) {\n",
+        "  for (int tile = first_tile; tile < num_tiles; tile += tile_stride) {\n    RingPlace<kStages> place;\n",
         ("linear_few_sm90",),
     ),
     Mutation(
         INDEX, "linear_few_sm90.cu", "the first tokens are staged in every round",
         "vec = first_token / 8 + staged_vec;",
         "vec = staged_vec;",
-        ("linear_few_sm90",),
-    ),
-    Mutation(
-        HOPPER, "linear_few_sm90.cu", "the second warpgroup multiplies the first one's rows",
-        "wgmma_descriptor(weights + warp / 4 * 64 * kTileK)",
-        "wgmma_descriptor(weights)",
         ("linear_few_sm90",),
     ),
     Mutation(
@@ -451,10 +444,10 @@ MUTATIONS = (
         ("linear_sm90",),
     ),
     Mutation(
-        HOPPER, "linear_sm90.cu", "the parity of a stage's barrier stays that of its first use",
+        HOPPER, "ring.cuh", "the parity of a stage's barrier stays that of its first use",
         "stage = 0, parity ^= 1;",
         "stage = 0;",
-        ("linear_sm90",),
+        ("linear_sm90", "linear_few_sm90"),
     ),
     Mutation(
         HOPPER, "linear_sm90.cu", "a stage counts as full before all of its weight has come",
@@ -525,8 +518,8 @@ MUTATIONS = (
     ),
     Mutation(
         HOPPER, "paged_decode_sm90.cu", "values in slots without a key are not cleared",
-        "if (key < begin || key >= end) store_vec(values",
-        "if (false) store_vec(values",
+        "        clear(max(0, end - first_key), Stream::kKeys);\n",
+        "",
         DECODE,
     ),
     Mutation(
@@ -780,8 +773,8 @@ MUTATIONS = (
     ),
     Mutation(
         EDGE, "linear_small.cu", "one normed token past the last is read",
-        "token + 8 * t < m)\n",
-        "token + 8 * t <= m)\n",
+        "first + piece * kPiece < k && token < m)\n",
+        "first + piece * kPiece < k && token <= m)\n",
         ("linear",),
     ),
     Mutation(
@@ -899,9 +892,9 @@ MUTATIONS = (
         ("linear",),
     ),
     Mutation(
-        EDGE, "linear_epilogue.cuh", "what is added to is read 16 bytes at a time from rows that don't start there",
-        "if (accumulate && whole_vectors && count == kVec) {",
-        "if (accumulate && count == kVec) {",
+        EDGE, "linear_epilogue.cuh", "16 bytes at a time are stored to rows that don't start there",
+        "if (whole_vectors && count == kVec) {",
+        "if (count == kVec) {",
         ("linear",),
     ),
     Mutation(
@@ -979,8 +972,8 @@ MUTATIONS = (
     ),
     Mutation(
         STATE, "linear_epilogue.cuh", "what out holds is not added",
-        "      if (accumulate) value += to_float(result.data[e]);\n",
-        "",
+        "sums.data[e] += values[e];",
+        "sums.data[e] = values[e];",
         ("linear",),
     ),
     Mutation(
