@@ -226,7 +226,7 @@ linear_small(out_t* __restrict__ out,              // [m, n], with kSiluAndMul [
   }
 
   // Each warp leaves its sums where its ring was, [kTokens][kRows], kSumRow floats apart.
-  cp_async_wait_group<0>();  // the zeros past k
+  cp_async_wait_group<0>();  // the groups past k, which are empty
   __syncwarp();              // and every lane is that far
   float* warp_sums = reinterpret_cast<float*>(reinterpret_cast<Vec<scalar_t>*>(shared) + warp * kRingVecs);
 #pragma unroll

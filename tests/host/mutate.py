@@ -183,9 +183,10 @@ MUTATIONS = (
     ),
     Mutation(
         COPY, "linear_small.cu", "sums are put where copies are still under way",
-        "cp_async_wait_group<0>();  // the zeros",
-        "// the zeros",
+        "cp_async_wait_group<0>();  // the groups past k",
+        "// the groups past k",
         ("linear",),
+        "the groups that it waits for are empty",
     ),
     Mutation(
         COPY, "paged_tile.cuh", "the wait leaves one group too many under way",
@@ -547,9 +548,9 @@ MUTATIONS = (
         DECODE,
     ),
     Mutation(
-        HOPPER, "paged_decode_sm90.cu", "each split takes its last key for the newest",
-        "if (items.split == items.splits.count - 1) {",
-        "if (items.splits.count > 0) {",
+        HOPPER, "paged_decode_sm90.cu", "a newest key that begins its step is overlooked",
+        "newest_key >= first_key && newest_key < first_key + Stream::kKeys",
+        "newest_key > first_key && newest_key < first_key + Stream::kKeys",
         DECODE,
     ),
     Mutation(
@@ -628,7 +629,7 @@ MUTATIONS = (
     Mutation(
         WARP, "paged_prefill.cu", "a lane without a query row skips the warp's products",
         "    if (seen) {\n      attention.score",
-        "    if (seen && first_row + warp_row + lane / 4 < num_rows) {\n      attention.score",
+        "    if (seen && first_row + warp_row + lane / 4 < rows.num_rows) {\n      attention.score",
         PREFILL,
     ),
     # -- indices ------------------------------------------------------------------------------------------------
@@ -995,9 +996,9 @@ MUTATIONS = (
         ("linear",),
     ),
     Mutation(
-        STATE, "linear_small.cu", "what out holds is added whether asked for or not",
-        "if (accumulates<out_t>(epilogue)) value +=",
-        "value +=",
+        STATE, "linear_small.cu", "what out holds is not added",
+        "    if (accumulates<out_t>(epilogue)) value += held[i];\n",
+        "",
         ("linear",),
     ),
     # -- between thread blocks ----------------------------------------------------------------------------------
